@@ -1,7 +1,7 @@
 """The only door to the disk: every byte vitft keeps is written here, whole or not at all.
 
 A file is written beside its target, forced to the disk, then renamed over it; a folder is filled
-under a temporary name, sealed with a manifest of sizes and sha256, then renamed. Whatever happens in
+under a temporary name, sealed with a manifest of sizes and sha256, then renamed. Whatever happens
 between (kill, power cut, full disk), a reader meets the old one or the new one, never a mixture.
 
     files      write_bytes  write_text  write_json  write_csv  write_tensors  staged_file
@@ -17,13 +17,10 @@ Limits: rename and fsync are as good as the file system (NFS and FUSE may promis
 no directory fsync, and there a lock left by a killed process must be removed by hand.
 """
 
-import csv
 import errno
 import hashlib
-import io
 import json
 import logging
-import math
 import os
 import re
 import secrets
@@ -33,18 +30,15 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, TYPE_CHECKING, Any
 
+from vitft import encode
 from vitft.errors import BusyError, MachineError, VitftError
 
 if TYPE_CHECKING:
-    import numpy as np
-    import torch
-
-    Tensor = torch.Tensor | np.ndarray[Any, Any]
+    from vitft.encode import Tensor
 
 try:
     import fcntl
@@ -56,13 +50,8 @@ LOCK = "run.lock"
 CHUNK = 1 << 24  # bytes per write call and per hash step
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # three ways to say: no room
 UNABLE = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}  # not on this file system
-TEMP = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.(?P<kind>tmp|old)")
+TEMP = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.(?P<kind>tmp|old)(\.\w+)?")
 CLUTTER = re.compile(r"\.DS_Store|Thumbs\.db|\._.*|\.nfs.*")  # left by file browsers and NFS
-DTYPES = {
-    "bool": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16", "uint32": "U32",
-    "int32": "I32", "uint64": "U64", "int64": "I64", "float16": "F16", "bfloat16": "BF16",
-    "float32": "F32", "float64": "F64", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
-}  # fmt: skip
 
 
 def _exchange(one: Path, other: Path) -> None:
@@ -126,21 +115,18 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replaces a text file: UTF-8; file names that are not UTF-8 come out as on disk."""
+    text = re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", text)  # not from a file name
     write_bytes(path, text.encode("utf-8", "surrogateescape"))
 
 
 def write_json(path: Path, obj: object) -> None:
     """Replaces a JSON file; NaN and infinity become null, arrays lists, dataclasses objects."""
-    write_bytes(path, (_json(obj, indent=1) + "\n").encode())
+    write_bytes(path, (encode.json_text(obj, indent=1) + "\n").encode())
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Replaces a CSV file; values are quoted where they need it."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
+    write_text(path, encode.csv_text(header, rows))
 
 
 def write_tensors(path: Path, tensors: "Mapping[str, Tensor]", metadata: Mapping[str, str]) -> None:
@@ -159,14 +145,8 @@ def write_tensors(path: Path, tensors: "Mapping[str, Tensor]", metadata: Mapping
 
     Source: https://github.com/huggingface/safetensors#format
     """
-    for name, tensor in tensors.items():
-        if _dtype(tensor) not in DTYPES:
-            raise TypeError(f"{name}: safetensors cannot hold {tensor.dtype}")
-    # Widest first, so that every tensor starts at a multiple of its own width.
-    names = sorted(tensors, key=lambda name: (-_width(tensors[name]), name))
-    header, size = _header(names, tensors, metadata)
-    chunks = (_buffer(tensors[name]) for name in names)
-    _replace(Path(path), (part for group in ([header], chunks) for part in group), size)
+    size, chunks = encode.tensor_chunks(tensors, metadata)
+    _replace(Path(path), chunks, size)
 
 
 @contextmanager
@@ -176,7 +156,7 @@ def staged_file(final: Path) -> Iterator[Path]:
     When the block ends well, the file is forced to the disk and renamed to `final`.
     """
     make_dir(final.parent)
-    temp = _temp(final, final.suffix)
+    temp = _temp(final, ".tmp" + final.suffix)
     try:
         with _explained(final, only_full=True):
             yield temp
@@ -235,70 +215,6 @@ def _discard(path: Path) -> None:
         _delete(path)
 
 
-# --- JSON and tensors as bytes ---
-
-
-def _json(obj: object, indent: int | None = None) -> str:
-    text = json.dumps(_plain(obj), indent=indent, ensure_ascii=False, allow_nan=False)
-    # Lone surrogates (file names that are not UTF-8) have no UTF-8 form, but a JSON escape.
-    return re.sub("[\ud800-\udfff]", lambda m: f"\\u{ord(m[0]):04x}", text)
-
-
-def _plain(obj: Any) -> object:
-    if isinstance(obj, float):
-        return obj if math.isfinite(obj) else None
-    if obj is None or isinstance(obj, str | int):
-        return obj
-    if isinstance(obj, Mapping):
-        return {str(key): _plain(value) for key, value in obj.items()}
-    if isinstance(obj, Iterable) and not hasattr(obj, "tolist"):
-        return [_plain(value) for value in obj]
-    if is_dataclass(obj) and not isinstance(obj, type):
-        return _plain(asdict(obj))
-    if hasattr(obj, "tolist"):  # numpy and torch, scalars too
-        return _plain(obj.tolist())
-    return str(obj)  # paths
-
-
-def _header(
-    names: Sequence[str], tensors: "Mapping[str, Tensor]", metadata: Mapping[str, str]
-) -> tuple[bytes, int]:
-    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-    end = 0
-    for name in names:
-        tensor = tensors[name]
-        start, end = end, end + math.prod(tensor.shape) * _width(tensor)
-        entry = {"dtype": DTYPES[_dtype(tensor)], "shape": list(tensor.shape)}
-        entries[name] = entry | {"data_offsets": [start, end]}
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
-    return len(text).to_bytes(8, "little") + text, 8 + len(text) + end
-
-
-def _dtype(tensor: "Tensor") -> str:
-    return str(getattr(tensor.dtype, "name", tensor.dtype)).removeprefix("torch.")
-
-
-def _width(tensor: "Tensor") -> int:
-    return int(tensor.dtype.itemsize)
-
-
-def _is_torch(tensor: "Tensor") -> bool:
-    return hasattr(tensor, "detach")
-
-
-def _buffer(tensor: Any) -> memoryview:
-    if _is_torch(tensor):
-        import torch
-
-        flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-        return memoryview(flat.view(torch.uint8).numpy())
-    import numpy as np
-
-    little = np.ascontiguousarray(tensor, dtype=tensor.dtype.newbyteorder("<"))
-    return memoryview(little.reshape(-1).view(np.uint8).data)
-
-
 # --- logs that grow ---
 
 
@@ -307,7 +223,7 @@ def append_line(path: Path, record: Mapping[str, object]) -> None:
 
     A half line that a killed process left is cut off first. After a failure the file is as before.
     """
-    data = (_json(record) + "\n").encode()
+    data = (encode.json_text(record) + "\n").encode()
     make_dir(path.parent)
     fresh = not path.exists()
     with _explained(path, len(data)):
@@ -322,7 +238,7 @@ def append_line(path: Path, record: Mapping[str, object]) -> None:
                 _sync(path.parent)
         except BaseException:
             with suppress(OSError):
-                CALLS.truncate(path, size)
+                CALLS.unlink(path) if fresh else CALLS.truncate(path, size)
             raise
 
 
@@ -455,11 +371,12 @@ def verify_dir(path: Path) -> tuple[str, ...]:
     try:
         text = (path / MANIFEST).read_text("utf-8")
         listed = json.loads(text)["files"]
+        {name: (entry["size"] + 0, entry["sha256"] + "") for name, entry in listed.items()}
         if text != _manifest(listed):
             return (f"{MANIFEST}: changed since it was written",)
     except FileNotFoundError:
         return (f"{MANIFEST}: missing",)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return (f"{MANIFEST}: unreadable ({type(error).__name__})",)
     found = set(_files(path)) - {MANIFEST}
     problems = [f"{name}: missing" for name in listed if name not in found]
@@ -517,7 +434,7 @@ def _seal(folder: Path) -> None:
 
 def _manifest(listed: object) -> str:
     # One spelling only: `verify_dir` writes it again, so no byte of the manifest can change unseen.
-    return _json({"manifest": 1, "files": listed}, indent=1) + "\n"
+    return encode.json_text({"manifest": 1, "files": listed}, indent=1) + "\n"
 
 
 def _files(folder: Path) -> list[str]:
@@ -532,6 +449,8 @@ def _compare(folder: Path, name: str, listed: Mapping[str, Any]) -> str | None:
     path, want = folder / name, listed[name]
     try:
         size = path.stat().st_size
+        if not path.is_file():
+            return f"{name}: not a regular file"
         if size != want["size"]:
             return f"{name}: {size:,} bytes, should be {want['size']:,}"
         if sha256_file(path) != want["sha256"]:
@@ -744,7 +663,7 @@ def lock(folder: Path, purpose: str, *, patience: float = 10.0) -> Iterator[None
         try:
             with _explained(path):
                 CALLS.truncate(path, 0)
-                _write(file, _json(_holder() | {"purpose": purpose}).encode())
+                _write(file, encode.json_text(_holder() | {"purpose": purpose}).encode())
             sweep(folder, older_than=0.0)
             yield
         finally:
@@ -771,7 +690,7 @@ def require_writable(folder: Path) -> None:
     Raises:
         MachineError: `env.write_failed` or `env.disk_full`.
     """
-    trial = Path(folder) / f".trial-{secrets.token_hex(4)}"
+    trial = _temp(Path(folder) / "trial")
     write_bytes(trial, b"vitft")
     remove(trial)
 
