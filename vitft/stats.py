@@ -78,6 +78,22 @@ class Difference:
         return _sentence(self, a, b)
 
 
+def checked(scores: ArrayLike, labels: ArrayLike) -> tuple[Floats, Ints]:
+    """Scores as [N, C] float64 and labels as [N] int64.
+
+    Raises:
+        ValueError: Shapes disagree, a score is not finite, or a label is outside [0, C).
+    """
+    s, y = np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=np.int64)
+    if s.ndim != 2 or y.shape != s.shape[:1]:
+        raise ValueError(f"scores [N, C] and labels [N] disagree: {s.shape} and {y.shape}")
+    if not np.isfinite(s).all():
+        raise ValueError(f"scores must be finite, {int((~np.isfinite(s)).sum())} are not")
+    if y.size and (y.min() < 0 or y.max() >= s.shape[1]):
+        raise ValueError(f"labels must lie in [0, {s.shape[1]}), got {y.min()} to {y.max()}")
+    return s, y
+
+
 def _z(level: float) -> float:
     """The two-sided normal quantile of a confidence level."""
     if not 0 < level < 1:

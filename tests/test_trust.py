@@ -1,0 +1,174 @@
+"""Calibration against scikit-learn, an answer by hand, or worlds whose truth is known."""
+
+import numpy as np
+import pytest
+from scipy.optimize import minimize_scalar
+from sklearn.metrics import brier_score_loss, log_loss
+
+from vitft import trust
+
+
+def world(n, *, classes=4, sharp=1.0, seed=0):
+    """Logits whose right temperature is `sharp`: labels are drawn from softmax(logits / sharp)."""
+    generator = np.random.default_rng(seed)
+    true = generator.normal(0, 2, (n, classes))
+    chances = trust.softmax(true)
+    labels = (generator.random(n)[:, None] > chances.cumsum(axis=1)).sum(axis=1)
+    return true * sharp, np.minimum(labels, classes - 1)
+
+
+def right_or_wrong(n, confidence, rights):
+    """Two classes; the top class is 0 with `confidence`, and right for the first `rights`."""
+    probs = np.tile([confidence, 1 - confidence], (n, 1))
+    return probs, (np.arange(n) >= rights).astype(int)
+
+
+def test_softmax_is_stable_and_sums_to_one():
+    probs = trust.softmax([[1000.0, 0.0], [-1000.0, -1000.0]])
+    assert probs == pytest.approx(np.array([[1, 0], [0.5, 0.5]]))
+    # logits 2 and 0 at temperature 2: e / (e + 1)
+    assert trust.softmax([[2.0, 0.0]], 2.0)[0, 0] == pytest.approx(0.731058578)
+
+
+@pytest.mark.parametrize("sharp", [0.3, 1.0, 4.0])
+def test_the_temperature_of_a_known_world_is_found(sharp):
+    logits, labels = world(20_000, sharp=sharp)
+    found = trust.fit_temperature(logits, labels)
+    assert found.value == pytest.approx(sharp, rel=0.04)
+    assert found.n == 20_000
+    assert found.after <= found.before + 1e-12
+    assert found.after == pytest.approx(log_loss(labels, trust.softmax(logits, found.value)))
+    assert found.before == pytest.approx(log_loss(labels, trust.softmax(logits)))
+
+
+def test_the_search_equals_a_plain_one_where_that_is_safe():
+    logits, labels = world(500, sharp=2.0, seed=3)
+    plain = minimize_scalar(
+        lambda t: log_loss(labels, trust.softmax(logits, t)), bounds=(0.05, 20), method="bounded"
+    )
+    assert trust.fit_temperature(logits, labels).value == pytest.approx(plain.x, rel=0.03)
+
+
+def test_images_that_are_all_right_do_not_ask_for_certainty():
+    labels = np.arange(100) % 3
+    logits = np.eye(3)[labels] * 5 + np.random.default_rng(0).normal(0, 0.3, (100, 3))
+    found = trust.fit_temperature(logits, labels)
+    assert 0.2 < found.value < 3
+    sure = trust.softmax(logits, found.value).max(axis=1).mean()
+    assert 0.97 < sure < 0.995  # 100 right answers are no evidence for 99.9 %
+
+
+def test_the_search_is_bounded():
+    labels = np.random.default_rng(0).integers(0, 3, 400)
+    noise = np.random.default_rng(1).normal(0, 100, (400, 3))  # sure and without any information
+    assert trust.fit_temperature(noise, labels).value == pytest.approx(trust.HOTTEST, rel=0.01)
+    faint = np.eye(3)[labels] * 1e-3
+    assert trust.fit_temperature(faint, labels).value == pytest.approx(trust.COLDEST, rel=0.01)
+
+
+def test_no_images_or_one_class_change_nothing():
+    assert trust.fit_temperature(np.zeros((0, 3)), []).value == 1.0
+    assert trust.fit_temperature([[2.0]], [0]).value == 1.0
+
+
+def test_ece_by_hand():
+    # 10 images at 0.9, 7 right: one bin, |0.9 - 0.7|
+    assert trust.ece(*right_or_wrong(10, 0.9, 7), bins=1) == pytest.approx(0.2)
+    # two bins of two: (0.6, 0.6 right) gap .4 each way, then (0.9 right, 0.9 wrong) gap .4
+    probs = np.array([[0.6, 0.4], [0.6, 0.4], [0.9, 0.1], [0.9, 0.1]])
+    assert trust.ece(probs, [0, 0, 0, 1], bins=2) == pytest.approx((2 * 0.4 + 2 * 0.4) / 4)
+
+
+def test_bins_hold_equal_mass():
+    logits, labels = world(437)
+    bins = trust.reliability(trust.softmax(logits), labels)
+    assert len(bins) == 15
+    assert {b.n for b in bins} == {29, 30}
+    assert sum(b.n for b in bins) == 437
+    assert all(b.high <= after.low for b, after in zip(bins, bins[1:], strict=False))
+    assert all(b.low <= b.confidence <= b.high and b.accuracy in b.interval for b in bins)
+    assert sum(b.n * b.accuracy for b in bins) == pytest.approx((logits.argmax(1) == labels).sum())
+    weighted = sum(b.n * abs(b.confidence - b.accuracy) for b in bins) / 437
+    assert weighted == pytest.approx(trust.ece(trust.softmax(logits), labels))
+
+
+def test_fewer_images_than_bins():
+    probs, labels = right_or_wrong(3, 0.8, 2)
+    assert [b.n for b in trust.reliability(probs, labels)] == [1, 1, 1]
+
+
+def test_scores_equal_scikit_learn():
+    logits, labels = world(300, classes=5)
+    probs = trust.softmax(logits)
+    result = trust.calibration(probs, labels, count=200)
+    assert result.brier == pytest.approx(brier_score_loss(labels, probs, labels=range(5)))
+    assert result.log_loss == pytest.approx(log_loss(labels, probs))
+    assert result.brier in result.brier_interval
+    assert result.log_loss in result.log_loss_interval
+    assert result.ece == trust.ece(probs, labels)
+    assert result.n == 300
+
+
+def test_perfect_probabilities_are_not_called_miscalibrated():
+    covers, floors, values = [], [], []
+    for seed in range(60):
+        logits, labels = world(430, seed=seed)
+        result = trust.calibration(trust.softmax(logits), labels, count=200, seed=seed)
+        covers.append(result.ece_interval.low == 0)
+        floors.append(result.ece_floor)
+        values.append(result.ece)
+    assert np.mean(covers) > 0.9
+    assert np.mean(floors) == pytest.approx(np.mean(values), rel=0.1)
+
+
+def test_the_ece_interval_covers_a_known_error():
+    sharp = 2.5
+    many = trust.softmax(world(400_000, sharp=sharp, seed=99)[0])
+    chances = trust.softmax(np.log(many) / sharp)
+    top = many.argmax(axis=1)
+    rows = np.arange(len(top))
+    truth = np.abs(many[rows, top] - chances[rows, top]).mean()
+    covers = []
+    for seed in range(60):
+        logits, labels = world(430, sharp=sharp, seed=seed)
+        result = trust.calibration(trust.softmax(logits), labels, count=200, seed=seed)
+        covers.append(truth in result.ece_interval)
+        assert result.ece_interval.low > 0
+    assert np.mean(covers) > 0.85
+
+
+def test_calibration_after_the_temperature_is_better():
+    logits, labels = world(2_000, sharp=3.0)
+    before = trust.calibration(trust.softmax(logits), labels, count=100)
+    value = trust.fit_temperature(logits, labels).value
+    after = trust.calibration(trust.softmax(logits, value), labels, count=100)
+    assert after.ece < 0.3 * before.ece
+    assert after.brier < before.brier
+    assert after.ece_interval.high < before.ece_interval.low
+
+
+def test_no_images_give_nan():
+    result = trust.calibration(np.zeros((0, 3)), [])
+    assert result.n == 0
+    assert result.bins == ()
+    assert np.isnan([result.ece, result.brier, result.log_loss, result.ece_interval.low]).all()
+
+
+def test_wrong_input_is_named():
+    with pytest.raises(ValueError, match=r"disagree: \(2, 2\) and \(3,\)"):
+        trust.ece(np.zeros((2, 2)), [0, 1, 0])
+    with pytest.raises(ValueError, match="must be finite, 1 are not"):
+        trust.fit_temperature([[0.0, np.nan]], [0])
+    with pytest.raises(ValueError, match=r"must lie in \[0, 2\), got 2 to 2"):
+        trust.ece([[0.5, 0.5]], [2])
+
+
+def test_seed_band_by_hand():
+    band = trust.seed_band([0.94, 0.95, 0.96])
+    assert (band.count, band.low, band.high) == (3, 0.94, 0.96)
+    assert band.mean == pytest.approx(0.95)
+    assert band.deviation == pytest.approx(0.01)
+    assert band.sentence() == "3 head seeds: 94.0 to 96.0 % (standard deviation 1.00 points)"
+    assert trust.seed_band([0.9]).deviation == 0.0
+    with pytest.raises(ValueError, match="at least one accuracy"):
+        trust.seed_band([])
