@@ -490,3 +490,24 @@ def test_compiled_export_follows_the_batch_size():
     x = images(5)
     with torch.no_grad():
         torch.testing.assert_close(program.module()(x), ours(x), atol=1e-6, rtol=1e-5)
+
+
+def test_eval_logits_are_those_of_the_head_on_its_cached_features_bit_for_bit():
+    torch.manual_seed(0)
+    net = timm.create_model(
+        "vitflower_s16", img_size=32, depth=2, num_classes=5, init_values=1e-1
+    ).eval()
+    x = torch.randn(4, 3, 32, 32)
+    with torch.inference_mode():
+        assert torch.equal(net(x), net.head(net.forward_class_token(x)))
+        torch.testing.assert_close(
+            net(x), net.forward_head(net.forward_features(x)), atol=1e-6, rtol=1e-6
+        )
+
+
+def test_a_hook_on_the_last_block_is_shown_every_token():
+    net = timm.create_model("vitflower_s16", img_size=32, depth=2, num_classes=5).eval()
+    seen = []
+    net.blocks[-1].register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    net(torch.randn(2, 3, 32, 32))
+    assert seen == [(2, 5, 384)]

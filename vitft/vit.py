@@ -521,8 +521,20 @@ class VisionTransformer(nn.Module):
     # --- the way of the data -----------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, 3, S, S] -> logits [B, C], unnormalised; features [B, D] without a head."""
-        return self.forward_head(self.forward_features(x))
+        """[B, 3, S, S] -> logits [B, C], unnormalised; features [B, D] without a head.
+
+        In eval mode it takes the short way of `forward_class_token`, so that a model and its cached
+        features agree to the bit; a hook on the last block is still shown all its tokens.
+        """
+        if self.training or self._is_watched():
+            return self.forward_head(self.forward_features(x))
+        x = self.forward_class_token(x)  # [B, D]
+        return self.head(x)
+
+    def _is_watched(self) -> bool:
+        """Whether a hook on the last block wants what the short way leaves out."""
+        parts = self.blocks[-1].modules() if len(self.blocks) else ()
+        return any(part._forward_hooks or part._forward_pre_hooks for part in parts)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """[B, 3, S, S] -> tokens [B, T, D] after the final norm."""
