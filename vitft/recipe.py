@@ -1,0 +1,709 @@
+"""A recipe: strict YAML in, frozen sections out, and every fault at once.
+
+    load(path, overrides) -> Recipe     a file, with `a.b=c` overrides from the command line
+    parse(text, ...)      -> Recipe     the same for text
+    dump(recipe)          -> str        resolved YAML; loading it gives an equal Recipe
+    describe()            -> str        every key, its rule, default and meaning (Markdown)
+
+Each fault names `file:line:col: key` (or `command line: key`), the rule, the value met and a
+remedy. Relative paths in the file start at the file's folder, those on the command line at the
+current one; the Recipe holds absolute paths. The keys themselves are declared in `vitft.schema`.
+"""
+
+import difflib
+import os
+import re
+import stat
+import sys
+import types
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from vitft import strict_yaml
+from vitft.errors import Fault, RecipeError
+from vitft.schema import SCHEMA_VERSION, Origin, Rule, Section
+from vitft.schema import DataSpec as DataSpec
+from vitft.schema import ExportSpec as ExportSpec
+from vitft.schema import HeadSpec as HeadSpec
+from vitft.schema import LadderSpec as LadderSpec
+from vitft.schema import ModelSpec as ModelSpec
+from vitft.schema import OfflineSpec as OfflineSpec
+from vitft.schema import ProbeSpec as ProbeSpec
+from vitft.schema import Recipe as Recipe
+from vitft.schema import ReportSpec as ReportSpec
+from vitft.schema import TrainSpec as TrainSpec
+from vitft.schema import TrustSpec as TrustSpec
+from vitft.strict_yaml import KeyPath
+
+MAX_BYTES = 1_000_000
+PATHS: tuple[tuple[str, ...], ...] = (
+    ("output",),
+    ("data", "root"),
+    ("data", "split"),
+    ("data", "fixes"),
+    ("model", "weights"),
+    ("offline", "data", "root"),
+    ("offline", "model", "weights"),
+)
+OURS = (  # keywords of timm.create_model that a recipe says elsewhere, or vitft decides
+    *("num_classes", "in_chans", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"),
+    *("pretrained_strict", "checkpoint_path", "model_name"),
+    *("drop_rate", "drop_path_rate", "global_pool"),
+)
+ELSEWHERE = {  # what other trainers call our keys
+    "learning_rate": "train.lr",
+    "optimizer": "train.opt",
+    "scheduler": "train.sched",
+    "num_epochs": "train.epochs",
+    "dropout": "model.drop_rate",
+    "drop_path": "model.drop_path_rate",
+    "arch": "model.name",
+    "pretrained": "model.weights",
+    "checkpoint": "model.weights",
+    "dataset": "data.root",
+    "data_dir": "data.root",
+    "img_size": "data.image_size",
+    "num_workers": "train.workers",
+    "output_dir": "output",
+}
+_SPECIAL = re.compile(r"sample:.*|flower_photos|auto|stratified|folders|tutorial|none|bundled")
+_FILE_LIKE = re.compile(r".*[/\\\\].*|~.*|\..*|.*\.(pth|pt|bin|ckpt|npz|safetensors|tar|zip|onnx)")
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe file.
+
+    Args:
+        path: A UTF-8 YAML file of at most 1 MB.
+        overrides: Such as `train.lr=1e-4`; the last of several for one key counts.
+
+    Raises:
+        RecipeError: With every fault found.
+    """
+    path = Path(path)
+    return parse(_read(path), str(path), path.parent, overrides, path=path)
+
+
+def parse(
+    text: str,
+    name: str = "recipe.yaml",
+    base_dir: str | Path = ".",
+    overrides: Sequence[str] = (),
+    *,
+    path: Path | None = None,
+) -> Recipe:
+    """Reads a recipe from text.
+
+    Args:
+        text: YAML.
+        name: What faults call the file; its stem names the run unless the recipe has a name.
+        base_dir: Where relative paths in the text start.
+        overrides: As for `load`.
+        path: The file it came from, for `Recipe.path`.
+
+    Raises:
+        RecipeError: With every fault found.
+    """
+    draft = _draft(text, name, Path(base_dir))
+    for override in overrides:
+        draft.override(override)
+    _check_version(draft)
+    _resolve_paths(draft)
+    draft.data.setdefault("name", _slug(Path(name).stem))
+    recipe = _validated(draft)
+    places = {_dotted(key): spot.place for key, spot in draft.spots.items()}
+    whole = None if path is None else Path(os.path.abspath(path))  # noqa: PTH100  (no link lost)
+    recipe._origin = Origin(text, whole, tuple(overrides), places)
+    faults = list(_conflicts(recipe))
+    if faults:
+        raise RecipeError(faults)
+    return recipe
+
+
+# --- from the file to a draft -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Spot:
+    """Where a value was given, what was written, where its relative path starts."""
+
+    place: str
+    raw: str
+    base: Path
+    order: tuple[int, int, int]
+
+
+@dataclass
+class _Draft:
+    """Values before the check, their spots, and the faults so far."""
+
+    data: dict[str, Any]
+    spots: dict[KeyPath, _Spot] = field(default_factory=dict)
+    faults: list[tuple[tuple[int, int, int], Fault]] = field(default_factory=list)
+
+    def blame(self, key: KeyPath, id: str, text: str, fix: str) -> None:
+        """Adds a fault at the nearest spot known."""
+        near = next(key[:n] for n in range(len(key), -1, -1) if key[:n] in self.spots or n == 0)
+        spot = self.spots.get(near, _Spot(_dotted(key), "", Path(), (2, 0, 0)))
+        self.faults.append((spot.order, Fault(f"recipe.{id}", spot.place, text, fix)))
+
+    def override(self, override: str) -> None:
+        """Sets one `a.b=c`."""
+        name, equals, raw = override.partition("=")
+        key = tuple(name.strip().split("."))
+        order = (1, len(self.spots), 0)
+        place = f"command line: {name.strip() or override}"
+        if not equals or not all(key):
+            fix = "write key=value, such as train.lr=1e-4"
+            self.faults.append((order, Fault("recipe.override", place, f"got {override}", fix)))
+            return
+        document = strict_yaml.read(raw)
+        problems = [(p.id, p.text, p.fix) for p in document.problems]
+        if re.search(r"(^|\s)#", raw) and raw.strip()[:1] not in ("'", '"'):
+            problems.append(("ambiguous", f"# starts a comment, got {raw}", "put it in quotes"))
+        for id, text, fix in problems:
+            self.faults.append((order, Fault(f"recipe.{id}", place, text, fix)))
+        section = self._section(key, place, order)
+        if section is not None and not problems:
+            section[str(key[-1])] = document.value
+            self._forget(key)
+            self.spots[key] = _Spot(place, raw, Path.cwd(), order)
+
+    def _section(
+        self, key: tuple[str, ...], place: str, order: tuple[int, int, int]
+    ) -> dict[str, Any] | None:
+        section = self.data
+        for n, part in enumerate(key[:-1], 1):
+            if section.get(part) is None and not _is_value(key[:n]):
+                section[part] = {}
+                self.spots[key[:n]] = _Spot(place, "a section", Path.cwd(), order)
+            if not isinstance(section.get(part), dict):
+                text, fix = f"{'.'.join(key[:n])} is a value, not a section", "shorten the key"
+                self.faults.append((order, Fault("recipe.unknown_key", place, text, fix)))
+                return None
+            section = section[part]
+        return section
+
+    def _forget(self, key: KeyPath) -> None:
+        for old in [k for k in self.spots if k[: len(key)] == key]:
+            del self.spots[old]
+
+
+def _read(path: Path) -> str:
+    """The file's text, after its size and kind are known to be sane."""
+    fix = "give the path of a recipe, such as recipes/flowers_head.yaml"
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise RecipeError.of("recipe.not_file", path, "not a regular file", fix)
+        if found.st_size > MAX_BYTES:
+            text = f"{found.st_size:,} bytes, at most {MAX_BYTES:,}"
+            raise RecipeError.of("recipe.too_large", path, text, "put long lists into files")
+        data = path.read_bytes()
+    except FileNotFoundError:
+        near = nearest(path.name, _neighbours(path))
+        fix = f"did you mean {path.parent / near}?" if near else fix
+        raise RecipeError.of("recipe.missing", path, "no such file", fix) from None
+    except RecipeError:
+        raise
+    except (OSError, ValueError) as error:
+        text = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+        raise RecipeError.of("recipe.unreadable", path, text, fix) from None
+    return _decode(data, path)
+
+
+def _neighbours(path: Path) -> list[str]:
+    try:
+        return [p.name for p in path.parent.iterdir() if p.suffix in (".yaml", ".yml")]
+    except OSError:
+        return []
+
+
+def _decode(data: bytes, path: Path) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        before = data[: error.start]
+        line, column = before.count(b"\n") + 1, error.start - before.rfind(b"\n")
+        text = f"not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start:,}"
+        fix = "save the file as UTF-8"
+        raise RecipeError.of("recipe.encoding", f"{path}:{line}:{column}", text, fix) from None
+
+
+def _draft(text: str, name: str, base: Path) -> _Draft:
+    """What the file says, with every fault of the text itself."""
+    document = strict_yaml.read(text)
+    value, draft = document.value, _Draft({})
+    for p in document.problems:
+        where = f"{name}:{p.line}:{p.column}" + (f": {_dotted(p.path)}" if p.path else "")
+        fault = Fault(f"recipe.{p.id}", where, p.text, p.fix)
+        draft.faults.append(((0, p.line, p.column), fault))
+    fix = "write keys such as mode: head, as in recipes/"
+    if value is None and not draft.faults:
+        raise RecipeError.of("recipe.empty", f"{name}:1:1", "the recipe is empty", fix)
+    if not isinstance(value, dict):
+        if draft.faults:
+            raise RecipeError([fault for _, fault in draft.faults])
+        text = f"wants a mapping of keys at the top, got {_kind(value)}"
+        raise RecipeError.of("recipe.not_mapping", f"{name}:1:1", text, fix)
+    draft.data = value
+    for key, at in document.places.items():
+        place = f"{name}:{at.line}:{at.column}: {_dotted(key)}"
+        draft.spots[key] = _Spot(place, at.raw, base, (0, at.line, at.column))
+    return draft
+
+
+def _check_version(draft: _Draft) -> None:
+    """A recipe for a later vitft gets this one fault: its other keys cannot be judged."""
+    from vitft import __version__
+
+    version = draft.data.get("schema_version")
+    if type(version) is int and version > SCHEMA_VERSION:
+        draft.faults.clear()
+        text = f"wants schema {SCHEMA_VERSION} at most (vitft {__version__}), got {version}"
+        fix = "upgrade vitft (pip install -U vitft), or use a recipe made for this version"
+        draft.blame(("schema_version",), "schema_version", text, fix)
+        raise RecipeError([fault for _, fault in draft.faults])
+
+
+# --- paths --------------------------------------------------------------------------------------
+
+
+def is_path(key: str, value: str) -> bool:
+    """Whether a value of `data.root`, `model.weights`... means a file or folder.
+
+    `sample:flowers`, `flower_photos`, `bundled`, `none`, `hf-hub:...` and timm tags do not; write
+    `./flower_photos` for a folder of that name.
+    """
+    if _SPECIAL.fullmatch(value) and key != "output":
+        return False
+    if key.endswith("weights"):
+        return not value.startswith("hf-hub:") and _FILE_LIKE.fullmatch(value) is not None
+    return key not in ("data.split", "data.fixes") or value.lower().endswith(".csv")
+
+
+def _resolve_paths(draft: _Draft) -> None:
+    for key in PATHS:
+        section = reduce(_child, key[:-1], draft.data)
+        value = _child(section, key[-1])
+        if isinstance(value, str) and value and is_path(".".join(key), value):
+            spot = draft.spots[key]
+            try:
+                section[key[-1]] = absolute(value, spot.base)
+            except ValueError as error:
+                draft.blame(key, "path", f"{error}, got {value}", "write the path out")
+                del section[key[-1]]
+
+
+def _child(value: Any, key: str | int) -> Any:
+    return value.get(key) if isinstance(value, dict) else None
+
+
+def absolute(text: str, base: Path) -> str:
+    """`~` expanded, made absolute from `base`; `..` taken as the file system takes it.
+
+    Raises:
+        ValueError: An unknown `~user`, or a variable, which only a shell expands.
+    """
+    if re.search(r"\$(\w|\{)", text):
+        raise ValueError("variables such as $HOME are not expanded")
+    try:
+        path = Path(os.path.abspath(base), Path(text).expanduser())  # noqa: PTH100
+    except RuntimeError:
+        raise ValueError("no home folder for ~") from None
+    if ".." in path.parts:
+        cut = len(path.parts) - path.parts[::-1].index("..")
+        path = Path(os.path.realpath(Path(*path.parts[:cut])), *path.parts[cut:])
+    return str(path)
+
+
+def _slug(stem: str) -> str:
+    """A folder name from a file name."""
+    plain = re.sub(r"[^\w.+-]+", "-", stem)[:100]
+    return plain if re.match(r"\w", plain) else "recipe"
+
+
+# --- the check ----------------------------------------------------------------------------------
+
+
+def _validated(draft: _Draft) -> Recipe:
+    for name, info in Recipe.model_fields.items():  # an empty section means its defaults
+        if _is_section(info.annotation) and draft.data.get(name, 0) is None:
+            del draft.data[name]
+    recipe = None
+    try:
+        recipe = Recipe.model_validate(draft.data)
+    except ValidationError as error:
+        groups: dict[KeyPath, set[str]] = {}
+        for e in error.errors(include_url=False, include_input=False, include_context=False):
+            groups.setdefault(_known_part(e["loc"], draft.data), set()).add(e["type"])
+        for key, kinds in groups.items():
+            _blame(draft, key, kinds)
+    if draft.faults or recipe is None:
+        raise RecipeError([fault for _, fault in sorted(draft.faults, key=lambda f: f[0])])
+    return recipe
+
+
+def _known_part(loc: KeyPath, data: object) -> KeyPath:
+    """The part of a validator's location that the recipe really has (it adds type names)."""
+    for n, part in enumerate(loc):
+        items = dict(enumerate(data)) if isinstance(data, list) else data
+        if not isinstance(items, dict) or part not in items:
+            return loc[:n]
+        data = items[part]
+    return loc
+
+
+def _blame(draft: _Draft, key: KeyPath, kinds: set[str]) -> None:
+    """One fault for one key, whatever the validator said about it."""
+    if "extra_forbidden" in kinds:
+        return draft.blame(key, "unknown_key", "unknown key", _suggest_key(key))
+    spot = next(draft.spots[key[:n]] for n in range(len(key), 0, -1) if key[:n] in draft.spots)
+    rule, default = _rule_at(key)
+    quoted = spot.raw.startswith('"') and "string" not in "".join(kinds)
+    draft.blame(
+        key,
+        _fault_id(kinds),
+        f"must be {rule}, got {spot.raw or 'nothing'}",
+        _remedy(spot, rule, default, quoted),
+    )
+
+
+def _fault_id(kinds: set[str]) -> str:
+    text = " ".join(kinds)
+    if any(word in text for word in ("than", "finite", "too_short", "too_long")):
+        return "range"
+    if any(word in text for word in ("literal", "pattern", "value_error")):
+        return "choice"
+    return "type"
+
+
+def _remedy(spot: _Spot, rule: str, default: str, quoted: bool) -> str:
+    word = spot.raw.strip('"')
+    if quoted and isinstance(_plain(word), int | float):
+        return f"take the quotes away: {word}"
+    if rule.startswith("text") and not isinstance(_plain(word), str):
+        shell = "; in a shell inside single quotes" if spot.order[0] else ""
+        return f'put it in quotes: "{word}"{shell}'
+    near = nearest(word, re.findall(r"[\w-]+", rule)) if " of " in rule or "auto" in rule else None
+    if near or not 0 < len(default) < 60:
+        return f"did you mean {near}?" if near else "correct the value"
+    return f"write a value such as {default}"
+
+
+def _plain(word: str) -> object:
+    try:
+        return strict_yaml.scalar(word)
+    except ValueError:
+        return word
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known word most like `word`, or None when none is near."""
+    found = difflib.get_close_matches(word.lower(), list(known)[:10_000], 1, 0.6)
+    return found[0] if found else None
+
+
+def _suggest_key(key: KeyPath) -> str:
+    word, section = str(key[-1]), _section_at(key[:-1])
+    leaves = ELSEWHERE | {k.rpartition(".")[2]: k for k in reversed(all_keys())}
+    if word in leaves:
+        return f"did you mean {leaves[word]}?"
+    siblings = list(section.model_fields) if section else []
+    near = nearest(word, siblings)
+    if near:
+        return f"did you mean {near}?"
+    near = nearest(word, leaves)
+    if near:
+        return f"did you mean {leaves[near]}?"
+    return f"remove it; keys here are {', '.join(siblings)}"
+
+
+# --- words for rules, from the declarations -----------------------------------------------------
+
+
+def all_keys() -> list[str]:
+    """Every key, dotted, in the order of the reference."""
+    return [_dotted(key) for key, _ in _leaves(Recipe, ())]
+
+
+def _leaves(section: type[Section], prefix: KeyPath) -> Iterator[tuple[KeyPath, FieldInfo]]:
+    for name, info in section.model_fields.items():
+        inner = _section_type(info.annotation)
+        if inner is None:
+            yield (*prefix, name), info
+        else:
+            yield from _leaves(inner, (*prefix, name))
+
+
+def _section_type(annotation: Any) -> type[Section] | None:
+    for option in (annotation, *get_args(annotation)):
+        if isinstance(option, type) and issubclass(option, Section):
+            return option
+    return None
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+def _section_at(key: KeyPath) -> type[Section] | None:
+    section: type[Section] | None = Recipe
+    for part in key:
+        info = section.model_fields.get(str(part)) if section else None
+        section = _section_type(info.annotation) if info else None
+    return section
+
+
+def _is_value(key: KeyPath) -> bool:
+    """Whether the key is known and holds neither keys nor options."""
+    section = _section_at(key[:-1])
+    info = section.model_fields.get(str(key[-1])) if section else None
+    return info is not None and not _section_type(info.annotation) and key[-1] != "options"
+
+
+def _rule_at(key: KeyPath) -> tuple[str, str]:
+    """The rule for a key (or for an item of its list) and its default, both in words."""
+    for n in range(len(key), 0, -1):
+        section = _section_at(key[: n - 1])
+        info = section.model_fields.get(str(key[n - 1])) if section else None
+        if info is not None:
+            if _section_type(info.annotation):
+                return "a section (key: value lines)", "{}"
+            if n == len(key):
+                return rule(info.annotation, info.metadata), inline(info.default)
+            item = get_args(info.annotation)[1 if get_origin(info.annotation) is dict else 0]
+            return rule(item), ""
+    return "a key of a recipe", "{}"
+
+
+def rule(annotation: Any, metadata: Sequence[Any] = ()) -> str:
+    """What a declared type allows, in words: `a whole number of at least 1, or auto`."""
+    flat = [m for entry in metadata for m in getattr(entry, "metadata", [entry])]
+    for entry in [*flat, *metadata]:
+        if isinstance(entry, Rule):
+            return entry.text
+    origin, args = get_origin(annotation), get_args(annotation)
+    if hasattr(annotation, "__metadata__"):
+        return rule(args[0], annotation.__metadata__)
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(rule(arg) for arg in args))
+    if origin is Literal:
+        return str(args[0]) if len(args) == 1 else "one of " + ", ".join(args)
+    if origin is tuple:
+        many = f"a list of {len(args)}" if Ellipsis not in args else "a list"
+        return f"{many}, each {rule(args[0])}"
+    words: dict[Any, str] = {str: "text", bool: "true or false", Path: "a path", type(None): "null"}
+    words |= {int: "a whole number", float: "a number"}
+    if _section_type(annotation):
+        return "a section (key: value lines)"
+    if origin in (dict, list):
+        return "a mapping" if origin is dict else "a list of numbers or texts"
+    return words[annotation] + _bounds(flat)
+
+
+def _bounds(metadata: Sequence[Any]) -> str:
+    texts = []
+    for entry in metadata:
+        for name, word in (
+            ("ge", "of at least"),
+            ("gt", "above"),
+            ("le", "at most"),
+            ("lt", "below"),
+        ):
+            limit = getattr(entry, name, None)
+            if limit is not None:
+                texts.append(f" {word} {limit:g}")
+    return " and".join(texts)
+
+
+def _dotted(key: KeyPath) -> str:
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in key)
+    return text.removeprefix(".")
+
+
+def _kind(value: object) -> str:
+    return "a list" if isinstance(value, list) else "a single value"
+
+
+# --- what cannot go together --------------------------------------------------------------------
+
+
+def _conflicts(r: Recipe) -> Iterator[Fault]:
+    for a, b, why, fix in (*_frozen(r), *_views(r), *_splits(r), *_others(r)):
+        text = f"{_told(r, a)} cannot go with {_told(r, b)}: {why}"
+        yield Fault("recipe.conflict", r.place(a), text, fix)
+
+
+def _told(r: Recipe, key: str) -> str:
+    value = reduce(
+        lambda v, part: v[part] if isinstance(v, dict) else getattr(v, part), key.split("."), r
+    )
+    return f"{key}: {inline(value)}"
+
+
+Clash = tuple[str, str, str, str]  # key, key, why, fix
+
+
+def _frozen(r: Recipe) -> Iterator[Clash]:
+    """Backbone options in a mode that leaves the backbone alone."""
+    tuned = {"blocks", "full"} & set(r.ladder.steps) if r.mode == "ladder" else r.mode == "full"
+    if not tuned:
+        for key, value in (
+            ("train.blocks", r.train.blocks),
+            ("train.layer_decay", r.train.layer_decay),
+            ("train.grad_checkpointing", r.train.grad_checkpointing),
+            ("train.patch_drop", r.train.patch_drop),
+            ("model.drop_path_rate", r.model.drop_path_rate),
+        ):
+            if value:
+                fix = f"use mode: full, or remove {key}"
+                yield key, "mode", "the backbone is frozen", fix
+    if r.mode == "ladder" and "blocks" in r.ladder.steps and r.train.blocks is None:
+        yield "ladder.steps", "train.blocks", "how many blocks is not said", "set train.blocks: 2"
+
+
+def _views(r: Recipe) -> Iterator[Clash]:
+    """Image augmentation where the head sees cached features only."""
+    views, t = r.head.views, r.train
+    if r.mode != "head" or views == "online":
+        return
+    for key, value in (("train.mixup", t.mixup), ("train.cutmix", t.cutmix)):
+        if value:
+            why = "cached features come from one photograph each"
+            yield key, "head.views", why, f"set head.views: online, or {key}: 0"
+    random = t.augment not in ("tutorial", "plain")
+    for key, active in (("train.reprob", t.reprob > 0), ("train.augment", random)):
+        if views == 1 and active:
+            yield key, "head.views", "1 is the plain transform", "set head.views: 4, or online"
+    if views > 1 and t.augment == "plain" and t.reprob == 0:
+        yield "head.views", "train.augment", "all views would be equal", "set head.views: 1"
+
+
+def _splits(r: Recipe) -> Iterator[Clash]:
+    d = r.data
+    if d.split in ("auto", "stratified") and d.val + d.test >= 1:
+        yield "data.val", "data.test", "nothing is left to learn from", "let them sum to below 1"
+    if d.split == "tutorial" and d.group is not None:
+        fix = "set data.split: stratified, or data.group: null"
+        yield "data.group", "data.split", "its draw by file name cannot keep groups together", fix
+    if d.split == "stratified" and d.val == 0:
+        chooses = (
+            ("train.patience", r.mode in ("head", "full") and r.train.patience is not None),
+            ("mode", r.mode == "ladder"),
+            ("probe.strengths", r.mode == "probe" and len(r.probe.strengths) > 1),
+        )
+        for key, wrong in chooses:
+            if wrong:
+                yield key, "data.val", "it chooses on validation photographs", "set data.val: 0.15"
+
+
+def _others(r: Recipe) -> Iterator[Clash]:
+    t, options = r.train, r.model.options
+    if t.warmup_epochs > t.epochs:
+        fix = "let the warm-up be shorter than the run"
+        yield "train.warmup_epochs", "train.epochs", "the rate would never be reached", fix
+    if r.model.sha256 is not None and r.model.weights == "none":
+        yield "model.sha256", "model.weights", "there is no file to check", "remove model.sha256"
+    for key in options:
+        if key in OURS:
+            fix = f"remove model.options.{key}; see the keys of model: and data:"
+            yield f"model.options.{key}", "model.name", "vitft sets this keyword itself", fix
+    if (
+        r.data.image_size is not None
+        and options.get("img_size", r.data.image_size) != r.data.image_size
+    ):
+        yield "model.options.img_size", "data.image_size", "they differ", "keep data.image_size"
+
+
+# --- out ----------------------------------------------------------------------------------------
+
+
+def dump(recipe: Recipe, *, explain: bool = False) -> str:
+    """Resolved YAML; `load` of it gives an equal recipe.
+
+    Args:
+        recipe: Any.
+        explain: With meaning, rule and default of every key as comments (`--print-config`).
+    """
+    return "\n".join(_lines(recipe, "", explain)) + "\n"
+
+
+def _lines(section: Section, indent: str, explain: bool) -> Iterator[str]:
+    for name, info in type(section).model_fields.items():
+        value = getattr(section, name)
+        if explain and info.description:
+            told = f"{rule(info.annotation, info.metadata)}; default {inline(info.default)}"
+            told = "" if _section_type(info.annotation) else f" [{told}]"
+            yield f"{indent}# {info.description}{told}"
+        if isinstance(value, Section):
+            if explain and not indent:
+                yield f"\n# {type(value).__doc__}"
+            yield f"{indent}{name}:"
+            yield from _lines(value, indent + "  ", explain)
+        else:
+            yield f"{indent}{name}: {inline(value)}"
+
+
+def inline(value: object) -> str:
+    """A value as one line of YAML that reads back as itself."""
+    if isinstance(value, bool) or value is None:
+        return "null" if value is None else str(value).lower()
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{inline(k)}: {inline(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, tuple | list):
+        return "[" + ", ".join(inline(v) for v in value) + "]"
+    if isinstance(value, float):
+        text = repr(value)
+        return text.replace("e", ".0e") if "e" in text and "." not in text else text
+    return str(value) if isinstance(value, int) else _quote_if_needed(str(value))
+
+
+def _quote_if_needed(text: str) -> str:
+    if re.fullmatch(r"[A-Za-z0-9_./~-]+", text) and text[0] not in "-~" and _plain(text) == text:
+        try:
+            strict_yaml.scalar(text)
+            return text
+        except ValueError:
+            pass
+    escapes = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\t": "\\t"}
+    body = "".join(escapes.get(c, c if c.isprintable() else f"\\U{ord(c):08x}") for c in text)
+    return f'"{body}"'
+
+
+def describe() -> str:
+    """Every key with rule, default and meaning, as Markdown tables."""
+    parts = ["## Recipe keys\n"]
+    top = [(k, i) for k, i in _leaves(Recipe, ()) if len(k) == 1]
+    parts.append(_table("Top level", "What to do, and where.", top))
+    for name, info in Recipe.model_fields.items():
+        section = _section_type(info.annotation)
+        if section is not None:
+            parts.append(_table(f"`{name}`", section.__doc__ or "", _leaves(section, (name,))))
+    return "\n".join(parts)
+
+
+def _table(title: str, about: str, keys: Iterable[tuple[KeyPath, FieldInfo]]) -> str:
+    lines = [
+        f"### {title}\n",
+        f"{about}\n",
+        "| key | value | default | meaning |",
+        "|---|---|---|---|",
+    ]
+    for key, info in keys:
+        default = "45 values, 1e-06 to 1e+05" if key[-1] == "strengths" else inline(info.default)
+        cells = (rule(info.annotation, info.metadata), f"`{default}`", info.description or "")
+        lines.append(
+            f"| `{_dotted(key)}` | " + " | ".join(c.replace("|", "\\|") for c in cells) + " |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(describe())

@@ -1,0 +1,454 @@
+"""Every key a recipe may hold: its type, range, default and meaning, declared once.
+
+`vitft.recipe` reads these declarations to check a file, to word its errors and to print the
+reference, so text and check cannot drift apart. Nothing here knows about YAML or files.
+"""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, Strict
+
+SCHEMA_VERSION = 1
+STRENGTHS = tuple(float(f"{10 ** (-6 + k / 4):.6g}") for k in range(45))  # 1e-6 ... 1e5, as DINOv2
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The rule of a type in words, where they cannot be derived from its constraints."""
+
+    text: str
+
+
+def _has_group(pattern: str) -> str:
+    if pattern != "parent" and "g" not in re.compile(pattern).groupindex:
+        raise ValueError("no group")
+    return pattern
+
+
+def _rising(pair: tuple[float, float]) -> tuple[float, float]:
+    if pair[0] >= pair[1]:
+        raise ValueError("not rising")
+    return pair
+
+
+def _different(steps: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(steps)) < len(steps):
+        raise ValueError("repeated")
+    return steps
+
+
+Flag = Annotated[bool, Strict()]
+Integer = Annotated[int, Strict()]
+Count = Annotated[int, Strict(), Field(ge=1)]
+Tally = Annotated[int, Strict(), Field(ge=0)]
+Byte = Annotated[int, Strict(), Field(ge=0, le=255)]
+Seed = Annotated[int, Strict(), Field(ge=0, lt=2**63), Rule("a whole number from 0 to 2^63 - 1")]
+Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
+Positive = Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Strict(), Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Strict(), Field(ge=0, lt=1, allow_inf_nan=False)]
+ShareOrAll = Annotated[float, Strict(), Field(ge=0, le=1, allow_inf_nan=False)]
+SomeShare = Annotated[float, Strict(), Field(gt=0, lt=1, allow_inf_nan=False)]
+Decay = Annotated[float, Strict(), Field(gt=0, le=1, allow_inf_nan=False)]
+Aspect = Annotated[float, Strict(), Field(ge=1, allow_inf_nan=False)]
+Auto = Literal["auto"]
+Text = Annotated[str, Strict(), Field(min_length=1), Rule("text")]
+Scalar = Flag | Integer | Number | Annotated[str, Strict()] | None
+Option = Scalar | list[Integer | Number | Annotated[str, Strict()]]
+
+# A pattern is always told to people in words, beside it.
+Device = Annotated[
+    str,
+    Strict(),
+    Field(pattern=r"^(auto|cpu|mps|cuda(:[0-9]{1,3})?)$"),
+    Rule("auto, cpu, mps, cuda or cuda:N"),
+]
+Augment = Annotated[
+    str,
+    Strict(),
+    Field(pattern=r"^(tutorial|plain|(rand|augmix|original|originalr|v0|v0r|3a)(-.*)?)$"),
+    Rule("tutorial, plain or a timm policy such as rand-m9-mstd0.5"),
+]
+Suffix = Annotated[
+    str, Strict(), Field(pattern=r"^\.[a-z0-9]{1,8}$"), Rule("a lower-case suffix such as .jpg")
+]
+Sha256 = Annotated[
+    str,
+    Strict(),
+    Field(pattern=r"^[0-9a-f]{8,64}$"),
+    Rule("the first 8 to 64 hexadecimal digits of the sha256, in lower case"),
+]
+RunName = Annotated[
+    str,
+    Strict(),
+    Field(pattern=r"^\w[\w.+-]{0,99}$"),
+    Rule("a plain folder name of at most 100 characters"),
+]
+Csv = Annotated[str, Strict(), Field(pattern=r"(?i)\.csv$"), Rule("the path of a .csv file")]
+Split = Annotated[
+    str,
+    Strict(),
+    Field(pattern=r"^(auto|stratified|folders|tutorial)$|\.(csv|CSV)$"),
+    Rule("auto, stratified, folders, tutorial or the path of a .csv file"),
+]
+Group = Annotated[
+    str,
+    Strict(),
+    AfterValidator(_has_group),
+    Rule("parent, or a regular expression with a group (?P<g>...)"),
+]
+BitRange = Annotated[
+    tuple[Number, Number], AfterValidator(_rising), Rule("two numbers, the lower one first")
+]
+Steps = Annotated[
+    tuple[Literal["knn", "ridge", "logistic", "head", "blocks", "full"], ...],
+    Field(min_length=1),
+    AfterValidator(_different),
+    Rule("a list of knn, ridge, logistic, head, blocks, full, each once"),
+]
+
+
+class Section(BaseModel):
+    """Frozen, and strict about its keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class DataSpec(Section):
+    """Which photographs, how they are split, what happens to bad ones."""
+
+    root: Text = Field(
+        default="sample:flowers",
+        description="Folder of class folders, a .csv file (path,label[,split,group]), "
+        "`flower_photos` (downloaded) or `sample:flowers` (in the package).",
+    )
+    split: Split = Field(
+        default="auto",
+        description="`auto` (folders train/val/test or the CSV's column where they exist, else "
+        "stratified), `stratified`, `folders`, `tutorial`, or the path of a split.csv.",
+    )
+    val: Share = Field(
+        default=0.15, description="Share of each class for choosing; stratified split."
+    )
+    test: Share = Field(
+        default=0.15, description="Share of each class reported once; stratified split."
+    )
+    group: Group | None = Field(
+        default=None,
+        description="Files of one group stay on one side: `parent` folder or a pattern.",
+    )
+    image_size: Count | None = Field(
+        default=None, description="Side in pixels; null: the model's own."
+    )
+    transform: Literal["auto", "tutorial", "timm"] = Field(
+        default="auto", description="Resize and crop: the weights' own (`auto`, `timm`) or 256/224."
+    )
+    on_bad: Literal["skip", "error"] = Field(
+        default="skip", description="Unreadable photographs: list and leave out, or stop."
+    )
+    max_bad: ShareOrAll = Field(
+        default=0.01, description="Stop when more than this share is unreadable."
+    )
+    background: tuple[Byte, Byte, Byte] = Field(
+        default=(255, 255, 255), description="Colour under transparent pixels, as red, green, blue."
+    )
+    bit_range: BitRange | None = Field(
+        default=None, description="Values of 16-bit and float images that become black and white."
+    )
+    icc: Literal["ignore", "to_srgb"] = Field(
+        default="ignore", description="Embedded colour profiles."
+    )
+    frames: Literal["first", "error"] = Field(
+        default="first", description="Animated or multi-page files."
+    )
+    max_pixels: Count = Field(default=64_000_000, description="Larger photographs are refused.")
+    max_aspect: Aspect = Field(
+        default=200.0, description="Longer ones (long side / short side) are refused."
+    )
+    extensions: tuple[Suffix, ...] = Field(
+        default=(), description="Only files with these suffixes; empty: every image format we read."
+    )
+    class_from: Literal["top", "leaf", "path"] = Field(
+        default="top",
+        description="Class of a nested file: first folder, last folder, or whole path.",
+    )
+    allow_empty: Flag = Field(
+        default=False, description="Accept class folders without photographs."
+    )
+    duplicates: Literal["warn", "drop_from_train", "error"] = Field(
+        default="warn", description="Byte-identical photographs in two classes."
+    )
+    fixes: Csv | None = Field(
+        default=None, description="A fixes.csv of label corrections to honour."
+    )
+    follow_links: Flag = Field(
+        default=True, description="Follow symbolic links (loops are refused)."
+    )
+
+
+class ModelSpec(Section):
+    """Which network, which weights."""
+
+    name: Text = Field(
+        default="vitflower_b16", description="Any timm model name; vitflower_* are ours."
+    )
+    weights: Text = Field(
+        default="none",
+        description="A .pth/.safetensors path, a timm tag (vit_base_patch16_224.orig_in21k), "
+        "`hf-hub:...`, `bundled` (ViT-S/14 in the package) or `none` (random).",
+    )
+    sha256: Sha256 | None = Field(
+        default=None, description="Refuse a weights file that does not match."
+    )
+    global_pool: Text | None = Field(
+        default=None, description="`token`, `avg` ...; null: the model's own."
+    )
+    drop_rate: Share = Field(default=0.0, description="Dropout before the head.")
+    drop_path_rate: Share = Field(default=0.0, description="Stochastic depth at the last block.")
+    options: dict[str, Option] = Field(
+        default={},
+        description="Further keywords for timm.create_model, such as pos_embed: sincos2d.",
+    )
+
+
+class HeadSpec(Section):
+    """Mode head: features of a frozen backbone."""
+
+    views: Count | Literal["online"] = Field(
+        default=4,
+        description="Augmented views per photograph whose features are kept; 1: the plain "
+        "transform; `online`: augment anew in every epoch, through the backbone.",
+    )
+    feature_dtype: Literal["float32", "float16"] = Field(
+        default="float32", description="How cached features are stored."
+    )
+
+
+class TrainSpec(Section):
+    """Modes head and full: the training loop."""
+
+    epochs: Count = Field(default=10, description="Passes over the training photographs.")
+    batch_size: Count | Auto = Field(
+        default=32, description="Photographs per step; `auto`: what fits."
+    )
+    opt: Text = Field(default="sgd", description="Any timm optimizer: sgd, adamw, lion, ...")
+    lr: Positive = Field(default=1e-3, description="Peak learning rate.")
+    momentum: Share = Field(default=0.9, description="Momentum of those optimizers that have one.")
+    weight_decay: NotNegative = Field(
+        default=0.0, description="Decay of matrices; never of biases."
+    )
+    layer_decay: Decay | None = Field(
+        default=None, description="Learning-rate factor per layer below the head (mode full)."
+    )
+    sched: Literal["cosine", "poly", "tanh", "constant"] = Field(
+        default="cosine", description="Course of the learning rate."
+    )
+    min_lr_ratio: ShareOrAll = Field(default=0.01, description="Final over peak learning rate.")
+    warmup_epochs: NotNegative = Field(
+        default=0.0, description="Linear rise to the peak, in epochs."
+    )
+    label_smoothing: Share = Field(
+        default=0.0, description="Probability mass spread over all classes."
+    )
+    mixup: NotNegative = Field(default=0.0, description="Mixup alpha; 0: off.")
+    cutmix: NotNegative = Field(default=0.0, description="CutMix alpha; 0: off.")
+    augment: Augment = Field(
+        default="tutorial",
+        description="`tutorial` (random crop and flip), `plain` (none), or a timm auto_augment "
+        "policy on top of crop and flip, such as rand-m9-mstd0.5-inc1.",
+    )
+    reprob: ShareOrAll = Field(default=0.0, description="Probability of random erasing.")
+    ema: SomeShare | None = Field(
+        default=None,
+        description="Decay of a moving average of the weights; the better one is kept.",
+    )
+    clip_grad: Positive | None = Field(default=None, description="Largest gradient norm.")
+    accumulate: Count = Field(default=1, description="Batches per optimizer step.")
+    blocks: Count | None = Field(
+        default=None,
+        description="Train only the last K blocks, the final norm and the head (mode full).",
+    )
+    init_head: Literal["fresh", "zero", "probe"] = Field(
+        default="fresh", description="The head starts at random, at zero, or from a linear probe."
+    )
+    workers: Tally | Auto = Field(
+        default="auto", description="Processes that decode photographs; 0: none."
+    )
+    amp: Literal["auto", "bf16", "fp16", "none"] = Field(
+        default="auto", description="Mixed precision; `auto`: bf16 where the device has it."
+    )
+    compile: Flag | Auto = Field(
+        default="auto", description="torch.compile; `auto`: if it pays off."
+    )
+    patience: Count | None = Field(
+        default=None, description="Stop after so many epochs without gain."
+    )
+    class_weights: Literal["none", "balanced"] = Field(
+        default="none", description="Weight of rare classes in the loss."
+    )
+    grad_checkpointing: Flag = Field(
+        default=False, description="Less memory for more time (mode full)."
+    )
+    patch_drop: Share = Field(
+        default=0.0, description="Share of patches left out in training (full)."
+    )
+    checkpoint_minutes: NotNegative = Field(
+        default=5.0, description="Time between checkpoints inside an epoch; 0: after every step."
+    )
+
+
+class ProbeSpec(Section):
+    """Mode probe: a linear model on frozen features, its strength chosen on val."""
+
+    kind: Literal["logistic", "ridge", "knn"] = Field(default="logistic", description="The solver.")
+    strengths: Annotated[tuple[Positive, ...], Field(min_length=1, max_length=1000)] = Field(
+        default=STRENGTHS, description="Inverse regularisation strengths (C) to choose from."
+    )
+    refit: Flag = Field(
+        default=False, description="Solve again on train + val with the chosen strength."
+    )
+    tol: Positive = Field(default=1e-6, description="Gradient norm at which a solve has converged.")
+    max_iter: Count = Field(default=1000, description="Iterations after which a solve gives up.")
+
+
+class LadderSpec(Section):
+    """Mode ladder: from cheap to dear, as long as it is worth it."""
+
+    steps: Steps = Field(
+        default=("knn", "ridge", "logistic", "head"), description="Methods, in order of their cost."
+    )
+    stop: Flag = Field(default=True, description="Stop when a step's gain is not distinguishable.")
+
+
+class TrustSpec(Section):
+    """What is said about the numbers."""
+
+    calibrate: Flag = Field(default=True, description="Fit a temperature on val.")
+    suspects: Flag = Field(default=True, description="Rank labels that look wrong.")
+    learning_curve: Flag = Field(
+        default=True, description="Estimate the gain from more photographs."
+    )
+    audit: Flag = Field(default=True, description="Search for near-duplicates across splits.")
+    max_error: SomeShare | None = Field(
+        default=None, description="Error allowed on accepted photographs; below: `I don't know`."
+    )
+    bootstrap: Count = Field(default=1000, description="Bootstrap draws for intervals.")
+    head_seeds: Tally = Field(
+        default=10, description="Heads trained with other seeds, for the seed band; 0: none."
+    )
+
+
+class ReportSpec(Section):
+    """How much the report page shows."""
+
+    gallery: Tally = Field(default=24, description="Mistakes shown.")
+    thumbnail: Annotated[int, Strict(), Field(ge=16, le=1024)] = Field(
+        default=160, description="Side of a thumbnail in pixels."
+    )
+    max_images: Tally = Field(default=500, description="Photographs inside the page at most.")
+
+
+class ExportSpec(Section):
+    """What the model folder looks like."""
+
+    as_timm: Flag = Field(
+        default=False,
+        description="Name timm's own architecture, so that plain timm loads the folder.",
+    )
+
+
+class OfflineModel(Section):
+    """Model to use when the wanted weights are neither cached nor reachable."""
+
+    name: Text = Field(default="vitflower_s14", description="As model.name.")
+    weights: Text = Field(default="bundled", description="As model.weights.")
+
+
+class OfflineData(Section):
+    """Data to use when the wanted download is neither cached nor reachable."""
+
+    root: Text = Field(default="sample:flowers", description="As data.root.")
+
+
+class OfflineSpec(Section):
+    """Visible fallback; a user's own folder or weights file is never replaced."""
+
+    model: OfflineModel | None = Field(
+        default=None, description="Fallback model; null: an error instead."
+    )
+    data: OfflineData | None = Field(
+        default=None, description="Fallback data; null: an error instead."
+    )
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a recipe came from; not part of what it says."""
+
+    text: str = ""
+    path: Path | None = None
+    overrides: tuple[str, ...] = ()
+    places: dict[str, str] = field(default_factory=dict)
+
+
+class Recipe(Section):
+    """Everything a run needs to know."""
+
+    schema_version: Annotated[int, Strict(), Field(ge=1)] = Field(
+        default=SCHEMA_VERSION, description="Version of these keys."
+    )
+    name: RunName = Field(
+        default="recipe", description="Run folder's name; default: the file's name."
+    )
+    mode: Literal["head", "full", "probe", "ladder"] = Field(
+        default="head",
+        description="`head`: train the head on a frozen backbone; `full`: train (the last blocks "
+        "of) the backbone too; `probe`: solve a linear model; `ladder`: one after the other.",
+    )
+    seed: Seed = Field(default=0, description="Every random choice follows from it.")
+    device: Device = Field(default="auto", description="`auto`: cuda, then mps, then cpu.")
+    output: Path | None = Field(default=None, description="Folder for runs; null: runs/ here.")
+    data: DataSpec = DataSpec()
+    model: ModelSpec = ModelSpec()
+    head: HeadSpec = HeadSpec()
+    train: TrainSpec = TrainSpec()
+    probe: ProbeSpec = ProbeSpec()
+    ladder: LadderSpec = LadderSpec()
+    trust: TrustSpec = TrustSpec()
+    report: ReportSpec = ReportSpec()
+    export: ExportSpec = ExportSpec()
+    offline: OfflineSpec = OfflineSpec()
+
+    _origin: Origin = PrivateAttr(default_factory=Origin)
+
+    def __eq__(self, other: object) -> bool:
+        """Equal when they say the same, wherever they came from."""
+        return isinstance(other, Recipe) and self.__dict__ == other.__dict__
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def text(self) -> str:
+        """The file as it was written."""
+        return self._origin.text
+
+    @property
+    def path(self) -> Path | None:
+        """The file, absolute; None when parsed from text."""
+        return self._origin.path
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """The command line's `a.b=c`, as given."""
+        return self._origin.overrides
+
+    def place(self, key: str) -> str:
+        """Where `train.lr` was set, for a fault: `file:line:col: train.lr` or `command line: ...`.
+
+        Args:
+            key: Dotted; one that was left to its default gives `default: train.lr`.
+        """
+        return self._origin.places.get(key, f"default: {key}")
