@@ -524,15 +524,17 @@ class VisionTransformer(nn.Module):
         """[B, 3, S, S] -> logits [B, C], unnormalised; features [B, D] without a head.
 
         In eval mode it takes the short way of `forward_class_token`, so that a model and its cached
-        features agree to the bit; a hook on the last block is still shown all its tokens.
+        features agree to the bit; a hook on the last block, or torch.fx, is shown all tokens.
         """
-        if self.training or self._is_watched():
+        if self.training or self._is_watched(x):
             return self.forward_head(self.forward_features(x))
         x = self.forward_class_token(x)  # [B, D]
         return self.head(x)
 
-    def _is_watched(self) -> bool:
-        """Whether a hook on the last block wants what the short way leaves out."""
+    def _is_watched(self, x: Tensor) -> bool:
+        """Whether a hook on the last block, or torch.fx, wants what the short way leaves out."""
+        if isinstance(x, torch.fx.Proxy):
+            return True
         parts = self.blocks[-1].modules() if len(self.blocks) else ()
         return any(part._forward_hooks or part._forward_pre_hooks for part in parts)
 
