@@ -1,0 +1,232 @@
+"""What a photograph becomes on its way into a network, and where its randomness comes from.
+
+timm makes the pixels. As its transforms draw from the global generators of `random`, numpy and
+torch, these are lent a seed for one image at a time and given back as they were. That is safe in
+one thread, so decoding happens in the caller's thread or in processes, never in threads.
+"""
+
+import hashlib
+import json
+import math
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.random import mtrand
+from numpy.typing import NDArray
+from PIL import Image
+from timm.data.transforms_factory import create_transform
+from torch import Tensor
+
+from vitft.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class InputConfig:
+    """What a model wants to be fed, as its weights were trained.
+
+    Attributes:
+        size: Height and width in pixels.
+        mean: Per channel, 0 to 1.
+        std: Per channel, 0 to 1.
+        interpolation: `bilinear`, `bicubic`, ...
+        crop_pct: Share of the resized short side that the centre crop keeps.
+        crop_mode: timm's `center`, `squash` or `border`.
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str = "bicubic"
+    crop_pct: float = 0.875
+    crop_mode: str = "center"
+
+
+@dataclass(frozen=True)
+class TransformSpec:
+    """Every parameter between a decoded picture and the network; part of cache keys and exports.
+
+    Attributes:
+        kind: `plain` (resize, centre crop) or `augmented` (random crop, flip, and what follows).
+        size: Height and width in pixels.
+        mean: Per channel, 0 to 1.
+        std: Per channel, 0 to 1.
+        interpolation: Of every resize.
+        crop_pct: Of the plain centre crop.
+        crop_mode: Of the plain crop.
+        scale: Share of the picture's area that a random crop takes, from and to.
+        ratio: Width over height of a random crop, from and to.
+        hflip: Probability of mirroring.
+        auto_augment: timm's policy text, such as `rand-m9-mstd0.5-inc1`; None for none.
+        erase: Probability of erasing one rectangle with noise.
+    """
+
+    kind: str
+    size: tuple[int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+    crop_pct: float = 0.875
+    crop_mode: str = "center"
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    hflip: float = 0.5
+    auto_augment: str | None = None
+    erase: float = 0.0
+
+    def key(self) -> str:
+        """Canonical JSON of all that can change an input."""
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+
+
+class Augmentation(Protocol):
+    """The part of the recipe's `train` section that makes views."""
+
+    @property
+    def augment(self) -> str:
+        """`tutorial`, `plain`, or timm's policy text."""
+        ...
+
+    @property
+    def reprob(self) -> float:
+        """Probability of random erasing."""
+        ...
+
+
+def plain(config: InputConfig, transform: str = "timm") -> TransformSpec:
+    """The transform of evaluation and prediction.
+
+    Args:
+        config: Of the model.
+        transform: `timm` (also `auto`) does what the model's data config says; `tutorial` resizes
+            to 8/7 of the size (256 for 224) and crops the centre, bilinear. Mean and standard
+            deviation always belong to the weights.
+    """
+    bilinear = transform == "tutorial"
+    return TransformSpec(
+        kind="plain",
+        size=config.size,
+        mean=config.mean,
+        std=config.std,
+        interpolation="bilinear" if bilinear else config.interpolation,
+        crop_pct=0.875 if bilinear else config.crop_pct,
+        crop_mode="center" if bilinear else config.crop_mode,
+    )
+
+
+def augmented(config: InputConfig, train: Augmentation, transform: str = "timm") -> TransformSpec:
+    """The transform of training.
+
+    Args:
+        config: Of the model.
+        train: `augment: tutorial` is a random crop (8 to 100 % of the area, aspect 3/4 to 4/3) and
+            a mirror image half of the time; a policy text puts timm's policy on top; `plain`
+            leaves only the erasing, if any.
+        transform: As for `plain`; `tutorial` resizes bilinearly.
+
+    Raises:
+        RecipeError: `recipe.value`: timm knows no such policy.
+    """
+    policy = None if train.augment in ("tutorial", "plain") else train.augment
+    fields = asdict(plain(config, transform)) | {"erase": train.reprob}
+    if train.augment != "plain":
+        fields |= {"kind": "augmented", "auto_augment": policy}
+    spec = TransformSpec(**fields)
+    try:
+        pixels(spec)
+    except Exception as error:  # timm asserts, indexes and looks up
+        fix = "use tutorial, plain, or a timm policy such as rand-m9-mstd0.5-inc1"
+        text = f"got {train.augment!r}, which timm does not know ({error or type(error).__name__})"
+        raise RecipeError.of("recipe.value", "train.augment", text, fix) from None
+    return spec
+
+
+def pixels(spec: TransformSpec) -> Callable[[Image.Image], Tensor]:
+    """timm's transform: RGB picture -> uint8 [3, S, S]."""
+    transform: Callable[[Image.Image], Tensor] = create_transform(
+        input_size=(3, *spec.size),
+        is_training=spec.kind == "augmented",
+        scale=spec.scale,
+        ratio=spec.ratio,
+        hflip=spec.hflip,
+        color_jitter=None,  # type: ignore[arg-type]  # timm means "none" by it
+        auto_augment=spec.auto_augment,
+        interpolation=spec.interpolation,
+        mean=spec.mean,
+        std=spec.std,
+        crop_pct=spec.crop_pct,
+        crop_mode=spec.crop_mode,
+        use_prefetcher=True,  # leaves uint8; normalising is the device's work
+    )
+    return transform
+
+
+# ---- randomness ---------------------------------------------------------------------------------
+
+
+def derive_seed(seed: int, *parts: int | str) -> int:
+    """A seed of 63 bits that is a pure function of its arguments, equal on every machine.
+
+    Example:
+        >>> derive_seed(0, "order", 3) == derive_seed(0, "order", 3)
+        True
+    """
+    text = json.dumps([int(seed), *parts], separators=(",", ":"))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def permutation(n: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """The order of an epoch, [n]; a pure function of its arguments."""
+    generator = np.random.Generator(np.random.PCG64(derive_seed(seed, "order", epoch)))
+    return generator.permutation(n).astype(np.int64)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Lends a seed to the global CPU generators of `random`, numpy and torch, for this thread only.
+
+    numpy's generator is swapped as a whole: copying its state takes 30 times longer. CUDA's
+    generators are not touched, as `torch.manual_seed` would.
+    """
+    python, torch_state = random.getstate(), torch.get_rng_state()
+    numpy_generator = mtrand.get_bit_generator()
+    try:
+        mtrand.set_bit_generator(np.random.MT19937(0))
+        np.random.seed(seed & 0xFFFFFFFF)
+        random.seed(seed)
+        torch.default_generator.manual_seed(seed)
+        yield
+    finally:
+        mtrand.set_bit_generator(numpy_generator)
+        torch.set_rng_state(torch_state)
+        random.setstate(python)
+
+
+def erase(image: Tensor, probability: float, seed: int) -> None:
+    """Fills one rectangle of a normalised image with unit noise, in place, or leaves it.
+
+    Args:
+        image: float32 [3, H, W]; 2 to 33 % of its area, aspect 0.3 to 3.3.
+        probability: Of doing anything.
+        seed: Decides all; the noise is drawn on the CPU, so it is the same on every device.
+
+    Source: Zhong et al., Random Erasing Data Augmentation, 2017; areas as in timm.
+    """
+    draw = random.Random(seed)
+    if draw.random() >= probability:
+        return
+    channels, height, width = image.shape
+    for _ in range(10):
+        area = draw.uniform(0.02, 1 / 3) * height * width
+        aspect = math.exp(draw.uniform(math.log(0.3), -math.log(0.3)))
+        h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if h < height and w < width:
+            top, left = draw.randint(0, height - h), draw.randint(0, width - w)
+            generator = torch.Generator().manual_seed(seed)
+            noise = torch.randn((channels, h, w), generator=generator)
+            image[:, top : top + h, left : left + w] = noise.to(image.device)
+            return

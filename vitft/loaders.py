@@ -1,0 +1,460 @@
+"""From rows of the index to batches on the device, the same ones however they are made.
+
+    order     permutation(n, seed, epoch)
+    view      transform of an image, drawn from (seed, epoch, sha256 of the image)
+    mixing    mixup and cutmix, drawn from (seed, epoch, step)
+
+Nothing else has a say: not the number of workers, not where an epoch was resumed, not the batch
+size (mixing apart), not what the training loop drew in between.
+"""
+
+import hashlib
+import math
+import os
+import re
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from timm.data.mixup import Mixup
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from vitft import images
+from vitft.errors import DataError, Fault, MachineError, VitftError
+from vitft.images import DecodeSpec
+from vitft.inputs import InputConfig as InputConfig
+from vitft.inputs import TransformSpec as TransformSpec
+from vitft.inputs import augmented as augmented
+from vitft.inputs import derive_seed as derive_seed
+from vitft.inputs import erase, pixels, seeded
+from vitft.inputs import permutation as permutation
+from vitft.inputs import plain as plain
+
+POLL = 2  # seconds between looks at the workers while a batch is awaited
+TIMEOUT = 120.0  # seconds without a batch before the workers are given up
+MAX_WORKERS = 8
+
+Key = tuple[int, int]  # (epoch, row)
+Sample = tuple[Tensor, int, int]  # uint8 [3, S, S], label, row
+Batch = tuple[Tensor, Tensor, Tensor]  # float32 [B, 3, S, S], [B] or [B, C], [B]
+
+
+# ---- one image ----------------------------------------------------------------------------------
+
+
+class Photos(Dataset[Sample]):
+    """Photographs of one split, decoded and transformed one by one.
+
+    Args:
+        files: One path per row.
+        labels: int [N].
+        sha256: Of each file as it was scanned; a file that reads differently is an error. It also
+            seeds the file's views, so that renaming or reordering changes no picture.
+        decode: How files become pictures.
+        transform: How pictures become inputs.
+        seed: Of the run.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        labels: NDArray[np.int64],
+        sha256: Sequence[str],
+        *,
+        decode: DecodeSpec,
+        transform: TransformSpec,
+        seed: int,
+    ) -> None:
+        self.files = tuple(files)
+        self.labels = np.asarray(labels, dtype=np.int64)
+        self.sha256 = tuple(sha256)
+        self.decode, self.transform, self.seed = decode, transform, seed
+        self._pixels = pixels(transform)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, key: Key) -> Sample:
+        """One sample.
+
+        Args:
+            key: Epoch (or number of the view) and row.
+
+        Returns:
+            uint8 [3, S, S] before erasing and normalising, label, row.
+
+        Raises:
+            DataError: The file is not readable, not a photograph, or not the one scanned.
+        """
+        epoch, row = key
+        picture = images.decode(self._bytes(row), self.files[row], self.decode)
+        if self.transform.kind == "plain":
+            return self._pixels(picture), int(self.labels[row]), row
+        with seeded(self.view_seed(epoch, row)):
+            return self._pixels(picture), int(self.labels[row]), row
+
+    def view_seed(self, epoch: int, row: int, purpose: str = "view") -> int:
+        """What an image's randomness in an epoch depends on: run, epoch, content."""
+        return derive_seed(self.seed, purpose, epoch, self.sha256[row])
+
+    def _bytes(self, row: int) -> bytes:
+        path = self.files[row]
+        data = images.read_bytes(path)
+        if hashlib.sha256(data).hexdigest() != self.sha256[row]:
+            text = f"changed since the scan ({len(data):,} bytes now)"
+            fix = "restore the file, or start a new run, which scans again"
+            raise DataError.of("data.changed", path, text, fix)
+        return data
+
+
+# ---- batches ------------------------------------------------------------------------------------
+
+
+def worker_count(workers: int | str, device: torch.device) -> int:
+    """How many processes decode.
+
+    Args:
+        workers: A number, or `auto`: none where a model computes on two cores or fewer (each would
+            take its core), else one per core up to 8.
+        device: Where the model computes.
+    """
+    if workers != "auto":
+        return int(workers)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if device.type == "cpu" and (cores or 1) <= 2:
+        return 0
+    return min(cores or 1, MAX_WORKERS)
+
+
+class Batches:
+    """Normalised batches on the device, epoch by epoch.
+
+    Args:
+        photos: What to load.
+        batch_size: Images per step; the last step may have fewer.
+        seed: Of the run; orders and mixes.
+        shuffle: A new order each epoch, or that of the rows.
+        device: Where batches go.
+        mean: Per channel, 0 to 1; that of the transform where None.
+        std: Per channel, 0 to 1; that of the transform where None.
+        workers: Processes that decode, 0 for this one, or `auto`.
+        mixup: Alpha of the beta distribution; 0 is off.
+        cutmix: Alpha of the beta distribution; 0 is off.
+        classes: C, needed for mixing: targets become float32 [B, C].
+        drop_last: Leave out a last step that is not full.
+        timeout: Seconds without a batch from the workers before they are given up.
+
+    Raises:
+        DataError: `data.no_batches`: not a single step.
+    """
+
+    def __init__(
+        self,
+        photos: Photos,
+        *,
+        batch_size: int,
+        seed: int,
+        shuffle: bool,
+        device: torch.device,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+        workers: int | str = "auto",
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        classes: int = 0,
+        drop_last: bool = False,
+        timeout: float = TIMEOUT,
+    ) -> None:
+        self.photos, self.batch_size, self.seed = photos, batch_size, seed
+        self.shuffle, self.device, self.drop_last = shuffle, device, drop_last
+        spec = photos.transform
+        self.mean = _channels(spec.mean if mean is None else mean, device)
+        self.std = _channels(spec.std if std is None else std, device)
+        self.workers = worker_count(workers, device)
+        self.timeout = timeout
+        self._mixup = _mixup(mixup, cutmix, classes)
+        self._steps = _Steps()
+        self._busy = torch.full((max(self.workers, 1),), -1, dtype=torch.int64)
+        self._busy.share_memory_()  # type: ignore[no-untyped-call]
+        self._side = _side_stream(device)
+        self._loader: DataLoader[Any] | None = None
+        if not len(self):
+            text = f"{len(photos)} images make no batch of {batch_size}"
+            raise DataError.of("data.no_batches", "data.root", text, "lower train.batch_size")
+
+    def __len__(self) -> int:
+        """Steps of a whole epoch."""
+        return self._count(len(self.photos))
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Epoch 0, which is all there is where nothing is random."""
+        return self.epoch(0)
+
+    def epoch(
+        self, epoch: int, start: int = 0, rows: NDArray[np.int64] | None = None
+    ) -> Iterator[Batch]:
+        """The batches of one epoch.
+
+        Args:
+            epoch: From 0; for cached features the number of the view.
+            start: First step; nothing before it is decoded.
+            rows: Only these rows, in this order; all in the epoch's order where None.
+
+        Yields:
+            x float32 [B, 3, S, S] normalised, y int64 [B] (float32 [B, C] where mixed), rows
+            int64 [B]; all on the device.
+
+        Raises:
+            DataError: The file named cannot be used any more.
+            MachineError: `env.worker_died`, `env.worker_hangs`.
+        """
+        order = self._order(epoch) if rows is None else np.asarray(rows, dtype=np.int64)
+        self._steps.plan(epoch, order, self.batch_size, range(start, self._count(len(order))))
+        lookahead = self._ahead(self._host_batches())
+        for step, (x, y, which) in enumerate(lookahead, start):
+            yield self._finish(x, y, which, epoch, step)
+
+    def names(self, rows: Tensor) -> list[str]:
+        """The files behind some rows, for error texts."""
+        return [str(self.photos.files[int(row)]) for row in rows]
+
+    def close(self) -> None:
+        """Ends the workers; the next epoch starts new ones."""
+        self._loader = None
+
+    def _count(self, n: int) -> int:
+        return n // self.batch_size if self.drop_last else math.ceil(n / self.batch_size)
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        n = len(self.photos)
+        return permutation(n, self.seed, epoch) if self.shuffle else np.arange(n, dtype=np.int64)
+
+    # -- from the workers --
+
+    def _host_batches(self) -> Iterator[Batch]:
+        """uint8 [B, 3, S, S], labels, rows, in host memory; errors of workers raised here."""
+        iterator = self._start()
+        while True:
+            item = self._next(iterator)
+            if item is None:
+                return
+            if isinstance(item, VitftError):
+                self.close()
+                raise item
+            yield item
+
+    def _start(self) -> Iterator[Any]:
+        if self._loader is None:
+            self._loader = DataLoader(
+                _Tasks(self.photos, self._busy),
+                batch_sampler=self._steps,
+                num_workers=self.workers,
+                collate_fn=_collate,
+                pin_memory=self.device.type == "cuda",
+                timeout=POLL if self.workers else 0,
+                persistent_workers=self.workers > 0,
+                # its iterator would draw a seed from the caller's generator otherwise
+                generator=torch.Generator(),
+            )
+        with _quiet_sigchld():
+            return iter(self._loader)
+
+    def _next(self, iterator: Iterator[Any]) -> Any:
+        """The next item, None at the end; waits in short turns, and looks at the workers each."""
+        started = time.monotonic()
+        while True:
+            try:
+                return next(iterator, None)
+            except RuntimeError as error:
+                waited = time.monotonic() - started
+                if "timed out" in str(error) and waited < self.timeout:
+                    continue
+                failure = self._failure(error, waited)
+                if failure is None:
+                    raise
+                self.close()
+                raise failure from None
+
+    def _failure(self, error: RuntimeError, waited: float) -> MachineError | None:
+        """torch's complaint about its workers, with the files they held in hand."""
+        held = [str(self.photos.files[row]) for row in self._busy.tolist() if row >= 0]
+        files = ", ".join(held) or "no file"
+        if "timed out" in str(error):
+            text = f"no batch for {waited:.0f} s; the loader's workers are reading {files}"
+            fix = "look at the disk or network share of these files, or set train.workers: 0"
+            return MachineError([Fault("env.worker_hangs", "train.workers", text, fix)])
+        if re.search(r"DataLoader worker .* (exited|killed)", str(error)):
+            text = f"{error}; the workers held {files}{_shared_memory()}"
+            fix = "look for an out-of-memory kill, lower train.batch_size, or set train.workers: 0"
+            return MachineError([Fault("env.worker_died", "train.workers", text, fix)])
+        return None
+
+    # -- on the device --
+
+    def _ahead(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Moves to the device; on CUDA the next batch travels while this one is worked on."""
+        side = self._side
+        if side is None:
+            for batch in batches:
+                yield _moved(batch, self.device)
+            return
+        waiting: Batch | None = None
+        for batch in batches:
+            with torch.cuda.stream(side):
+                moved = _moved(batch, self.device)
+            if waiting is not None:
+                yield _handed_over(waiting, side, self.device)
+            waiting = moved
+        if waiting is not None:
+            yield _handed_over(waiting, side, self.device)
+
+    def _finish(self, x: Tensor, y: Tensor, rows: Tensor, epoch: int, step: int) -> Batch:
+        """Normalises as timm does, erases, mixes."""
+        inputs = x.to(torch.float32).sub_(self.mean).div_(self.std)  # [B, 3, S, S]
+        if self.photos.transform.erase > 0:
+            for image, row in zip(inputs, rows.tolist(), strict=True):
+                erase(
+                    image, self.photos.transform.erase, self.photos.view_seed(epoch, row, "erase")
+                )
+        if self._mixup is None:
+            return inputs, y, rows
+        with seeded(derive_seed(self.seed, "mix", epoch, step)):
+            return inputs, _mix(self._mixup, inputs, y), rows
+
+
+def _mixup(mixup: float, cutmix: float, classes: int) -> Mixup | None:
+    if mixup <= 0 and cutmix <= 0:
+        return None
+    return Mixup(  # type: ignore[no-untyped-call]
+        mixup_alpha=mixup, cutmix_alpha=cutmix, label_smoothing=0.0, num_classes=classes
+    )
+
+
+def _mix(mixup: Mixup, x: Tensor, y: Tensor) -> Tensor:
+    """Mixes x in place and returns targets [B, C]; an odd last image stays as it is."""
+    targets = torch.nn.functional.one_hot(y, mixup.num_classes).to(torch.float32)
+    even = len(x) - len(x) % 2  # timm pairs the images
+    if even:
+        _, targets[:even] = mixup(x[:even], y[:even])
+    return targets
+
+
+def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """[1, 3, 1, 1], in units of uint8 pixels."""
+    scaled = [value * 255 for value in values]
+    return torch.tensor(scaled, dtype=torch.float32, device=device).view(1, -1, 1, 1)
+
+
+def _side_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """One for all epochs: the allocator keeps a pool of memory for every stream it has seen."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+
+def _moved(batch: Batch, device: torch.device) -> Batch:
+    x, y, rows = (part.to(device, non_blocking=True) for part in batch)
+    return x, y, rows
+
+
+def _handed_over(batch: Batch, side: torch.cuda.Stream, device: torch.device) -> Batch:
+    """Makes the consumer's stream wait for the copy, and the memory wait for the consumer."""
+    current = torch.cuda.current_stream(device)
+    current.wait_stream(side)
+    for part in batch:
+        part.record_stream(current)
+    return batch
+
+
+# ---- inside the workers -------------------------------------------------------------------------
+
+
+class _Steps:
+    """Batches of keys for torch's DataLoader, which keeps it while the plan changes."""
+
+    def __init__(self) -> None:
+        self._plan: tuple[int, NDArray[np.int64], int, range] = (
+            0,
+            np.zeros(0, np.int64),
+            1,
+            range(0),
+        )
+
+    def plan(self, epoch: int, order: NDArray[np.int64], size: int, steps: range) -> None:
+        self._plan = epoch, order, size, steps
+
+    def __len__(self) -> int:
+        return len(self._plan[3])
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        epoch, order, size, steps = self._plan
+        for step in steps:
+            yield [(epoch, int(row)) for row in order[step * size : (step + 1) * size]]
+
+
+class _Tasks(Dataset["Sample | VitftError"]):
+    """Photos for workers: errors come back as values, and each worker says what it holds.
+
+    torch would rebuild a worker's exception from its traceback text, which ours does not survive.
+    """
+
+    def __init__(self, photos: Photos, busy: Tensor) -> None:
+        self.photos, self.busy = photos, busy
+
+    def __getitem__(self, key: Key) -> "Sample | VitftError":
+        worker = get_worker_info()
+        slot = 0 if worker is None else worker.id
+        self.busy[slot] = key[1]
+        try:
+            return self.photos[key]
+        except VitftError as error:
+            return error
+        except Exception as error:  # a transform's own failure must still name the file
+            text = f"cannot be made into an input: {type(error).__name__}: {error}"
+            return DataError.of(
+                "data.transform", self.photos.files[key[1]], text, "remove the file"
+            )
+        finally:
+            self.busy[slot] = -1
+
+
+def _collate(samples: "list[Sample | VitftError]") -> "Batch | VitftError":
+    """Stacks samples; if any failed, one error with all their faults."""
+    errors = [sample for sample in samples if isinstance(sample, VitftError)]
+    if errors:
+        return DataError([fault for error in errors for fault in error.faults])
+    good = [sample for sample in samples if not isinstance(sample, VitftError)]
+    x, y, rows = zip(*good, strict=True)
+    return torch.stack(x), torch.tensor(y), torch.tensor(rows)
+
+
+@contextmanager
+def _quiet_sigchld() -> Iterator[None]:
+    """Keeps torch from raising a worker's death out of whatever line the main thread is at.
+
+    Without its signal handler the death is found at the next turn of waiting for a batch, where it
+    can be told with its files.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    if not main or not hasattr(signal, "SIGCHLD"):
+        yield
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+def _shared_memory() -> str:
+    """Free shared memory, where batches travel; containers often have 64 MB of it."""
+    with suppress(OSError):
+        return f"; /dev/shm has {shutil.disk_usage('/dev/shm').free / 2**20:,.0f} MiB free"
+    return ""
