@@ -1,7 +1,5 @@
 """Values -> the bytes of a JSON, CSV or safetensors file; the disk itself is `vitft.io`'s."""
 
-import csv
-import io
 import json
 import math
 import re
@@ -23,12 +21,15 @@ DTYPES = {
 
 
 def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A CSV file's text; values are quoted where they need it, lines end in a newline."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    return text.getvalue()
+    """A CSV file's text: values quoted where they need it, None empty, a newline after each."""
+    return "".join(_csv_line(row) for row in (header, *rows))
+
+
+def _csv_line(row: Sequence[object]) -> str:
+    # Python's csv.writer leaves a lone \r (legal in file names) bare when lines end in \n.
+    cells = ["" if value is None else str(value) for value in row]
+    quoted = ['"' + c.replace('"', '""') + '"' if re.search('[",\r\n]', c) else c for c in cells]
+    return (",".join(quoted) if cells != [""] else '""') + "\n"
 
 
 def tensor_chunks(
