@@ -15,19 +15,28 @@ import os
 import re
 import stat
 import sys
-import types
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from vitft import strict_yaml
 from vitft.errors import Fault, RecipeError
-from vitft.schema import SCHEMA_VERSION, Origin, Rule, Section
+from vitft.schema import (
+    SCHEMA_VERSION,
+    Origin,
+    Section,
+    all_keys,
+    leaves,
+    rule,
+    section_at,
+    section_of,
+)
 from vitft.schema import DataSpec as DataSpec
 from vitft.schema import ExportSpec as ExportSpec
 from vitft.schema import HeadSpec as HeadSpec
@@ -39,7 +48,7 @@ from vitft.schema import Recipe as Recipe
 from vitft.schema import ReportSpec as ReportSpec
 from vitft.schema import TrainSpec as TrainSpec
 from vitft.schema import TrustSpec as TrustSpec
-from vitft.strict_yaml import KeyPath
+from vitft.strict_yaml import KeyPath, dotted, write
 
 MAX_BYTES = 1_000_000
 PATHS: tuple[tuple[str, ...], ...] = (
@@ -51,12 +60,21 @@ PATHS: tuple[tuple[str, ...], ...] = (
     ("offline", "data", "root"),
     ("offline", "model", "weights"),
 )
-OURS = (  # keywords of timm.create_model that a recipe says elsewhere, or vitft decides
-    *("num_classes", "in_chans", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"),
-    *("pretrained_strict", "checkpoint_path", "model_name"),
-    *("drop_rate", "drop_path_rate", "global_pool"),
-)
-ELSEWHERE = {  # what other trainers call our keys
+OURS = {  # keywords of timm.create_model that vitft sets -> where a recipe says the same
+    "num_classes": "the classes found in data.root",
+    "in_chans": "photographs have three channels",
+    "pretrained": "model.weights",
+    "pretrained_cfg": "model.weights",
+    "pretrained_cfg_overlay": "model.weights",
+    "pretrained_strict": "loading is always strict",
+    "checkpoint_path": "model.weights",
+    "model_name": "model.name",
+    "drop_rate": "model.drop_rate",
+    "drop_path_rate": "model.drop_path_rate",
+    "global_pool": "model.global_pool",
+}
+LOOKED_UP = 50  # unknown keys that get a suggestion; a recipe with more is not one
+ELSEWHERE = {  # what other trainers call our keys and values
     "learning_rate": "train.lr",
     "optimizer": "train.opt",
     "scheduler": "train.sched",
@@ -71,8 +89,14 @@ ELSEWHERE = {  # what other trainers call our keys
     "img_size": "data.image_size",
     "num_workers": "train.workers",
     "output_dir": "output",
+    "gpu": "cuda",
 }
-_SPECIAL = re.compile(r"sample:.*|flower_photos|auto|stratified|folders|tutorial|none|bundled")
+_NOT_PATHS = {  # words with a meaning of their own
+    "data.root": re.compile(r"sample:.*|flower_photos"),
+    "offline.data.root": re.compile(r"sample:.*|flower_photos"),
+    "data.split": re.compile(r".*(?<!\.csv)(?<!\.CSV)", re.DOTALL),
+    "data.fixes": re.compile(r".*(?<!\.csv)(?<!\.CSV)", re.DOTALL),
+}
 _FILE_LIKE = re.compile(r".*[/\\\\].*|~.*|\..*|.*\.(pth|pt|bin|ckpt|npz|safetensors|tar|zip|onnx)")
 
 
@@ -117,7 +141,7 @@ def parse(
     _resolve_paths(draft)
     draft.data.setdefault("name", _slug(Path(name).stem))
     recipe = _validated(draft)
-    places = {_dotted(key): spot.place for key, spot in draft.spots.items()}
+    places = {dotted(key): spot.place for key, spot in draft.spots.items()}
     whole = None if path is None else Path(os.path.abspath(path))  # noqa: PTH100  (no link lost)
     recipe._origin = Origin(text, whole, tuple(overrides), places)
     faults = list(_conflicts(recipe))
@@ -150,7 +174,7 @@ class _Draft:
     def blame(self, key: KeyPath, id: str, text: str, fix: str) -> None:
         """Adds a fault at the nearest spot known."""
         near = next(key[:n] for n in range(len(key), -1, -1) if key[:n] in self.spots or n == 0)
-        spot = self.spots.get(near, _Spot(_dotted(key), "", Path(), (2, 0, 0)))
+        spot = self.spots.get(near, _Spot(dotted(key), "", Path(), (2, 0, 0)))
         self.faults.append((spot.order, Fault(f"recipe.{id}", spot.place, text, fix)))
 
     def override(self, override: str) -> None:
@@ -165,7 +189,8 @@ class _Draft:
             return
         document = strict_yaml.read(raw)
         problems = [(p.id, p.text, p.fix) for p in document.problems]
-        if re.search(r"(^|\s)#", raw) and raw.strip()[:1] not in ("'", '"'):
+        single = not isinstance(document.value, list | dict) and raw.strip()[:1] not in ("'", '"')
+        if single and re.search(r"(^|\s)#", raw):
             problems.append(("ambiguous", f"# starts a comment, got {raw}", "put it in quotes"))
         for id, text, fix in problems:
             self.faults.append((order, Fault(f"recipe.{id}", place, text, fix)))
@@ -174,6 +199,9 @@ class _Draft:
             section[str(key[-1])] = document.value
             self._forget(key)
             self.spots[key] = _Spot(place, raw, Path.cwd(), order)
+            for inner, at in document.places.items():
+                inside = f"command line: {dotted(key + inner)}"
+                self.spots[key + inner] = _Spot(inside, at.raw, Path.cwd(), order)
 
     def _section(
         self, key: tuple[str, ...], place: str, order: tuple[int, int, int]
@@ -241,7 +269,7 @@ def _draft(text: str, name: str, base: Path) -> _Draft:
     document = strict_yaml.read(text)
     value, draft = document.value, _Draft({})
     for p in document.problems:
-        where = f"{name}:{p.line}:{p.column}" + (f": {_dotted(p.path)}" if p.path else "")
+        where = f"{name}:{p.line}:{p.column}" + (f": {dotted(p.path)}" if p.path else "")
         fault = Fault(f"recipe.{p.id}", where, p.text, p.fix)
         draft.faults.append(((0, p.line, p.column), fault))
     fix = "write keys such as mode: head, as in recipes/"
@@ -250,11 +278,12 @@ def _draft(text: str, name: str, base: Path) -> _Draft:
     if not isinstance(value, dict):
         if draft.faults:
             raise RecipeError([fault for _, fault in draft.faults])
-        text = f"wants a mapping of keys at the top, got {_kind(value)}"
+        kind = "a list" if isinstance(value, list) else "a single value"
+        text = f"must be a mapping of keys at the top, got {kind}"
         raise RecipeError.of("recipe.not_mapping", f"{name}:1:1", text, fix)
     draft.data = value
     for key, at in document.places.items():
-        place = f"{name}:{at.line}:{at.column}: {_dotted(key)}"
+        place = f"{name}:{at.line}:{at.column}: {dotted(key)}"
         draft.spots[key] = _Spot(place, at.raw, base, (0, at.line, at.column))
     return draft
 
@@ -266,7 +295,7 @@ def _check_version(draft: _Draft) -> None:
     version = draft.data.get("schema_version")
     if type(version) is int and version > SCHEMA_VERSION:
         draft.faults.clear()
-        text = f"wants schema {SCHEMA_VERSION} at most (vitft {__version__}), got {version}"
+        text = f"must be at most {SCHEMA_VERSION} for vitft {__version__}, got {version}"
         fix = "upgrade vitft (pip install -U vitft), or use a recipe made for this version"
         draft.blame(("schema_version",), "schema_version", text, fix)
         raise RecipeError([fault for _, fault in draft.faults])
@@ -281,18 +310,16 @@ def is_path(key: str, value: str) -> bool:
     `sample:flowers`, `flower_photos`, `bundled`, `none`, `hf-hub:...` and timm tags do not; write
     `./flower_photos` for a folder of that name.
     """
-    if _SPECIAL.fullmatch(value) and key != "output":
-        return False
     if key.endswith("weights"):
         return not value.startswith("hf-hub:") and _FILE_LIKE.fullmatch(value) is not None
-    return key not in ("data.split", "data.fixes") or value.lower().endswith(".csv")
+    return key not in _NOT_PATHS or _NOT_PATHS[key].fullmatch(value) is None
 
 
 def _resolve_paths(draft: _Draft) -> None:
     for key in PATHS:
         section = reduce(_child, key[:-1], draft.data)
         value = _child(section, key[-1])
-        if isinstance(value, str) and value and is_path(".".join(key), value):
+        if isinstance(value, str) and value and is_path(dotted(key), value):
             spot = draft.spots[key]
             try:
                 section[key[-1]] = absolute(value, spot.base)
@@ -334,7 +361,7 @@ def _slug(stem: str) -> str:
 
 def _validated(draft: _Draft) -> Recipe:
     for name, info in Recipe.model_fields.items():  # an empty section means its defaults
-        if _is_section(info.annotation) and draft.data.get(name, 0) is None:
+        if info.annotation is section_of(info.annotation) and draft.data.get(name, 0) is None:
             del draft.data[name]
     recipe = None
     try:
@@ -363,16 +390,13 @@ def _known_part(loc: KeyPath, data: object) -> KeyPath:
 def _blame(draft: _Draft, key: KeyPath, kinds: set[str]) -> None:
     """One fault for one key, whatever the validator said about it."""
     if "extra_forbidden" in kinds:
-        return draft.blame(key, "unknown_key", "unknown key", _suggest_key(key))
+        few = len(draft.faults) < LOOKED_UP
+        fix = _suggest_key(key) if few else "remove it"
+        return draft.blame(key, "unknown_key", "unknown key", fix)
     spot = next(draft.spots[key[:n]] for n in range(len(key), 0, -1) if key[:n] in draft.spots)
-    rule, default = _rule_at(key)
-    quoted = spot.raw.startswith('"') and "string" not in "".join(kinds)
-    draft.blame(
-        key,
-        _fault_id(kinds),
-        f"must be {rule}, got {spot.raw or 'nothing'}",
-        _remedy(spot, rule, default, quoted),
-    )
+    allowed, default = _rule_at(key)
+    text = f"must be {allowed}, got {spot.raw or 'nothing'}"
+    draft.blame(key, _fault_id(kinds), text, _remedy(spot, allowed, default))
 
 
 def _fault_id(kinds: set[str]) -> str:
@@ -384,20 +408,31 @@ def _fault_id(kinds: set[str]) -> str:
     return "type"
 
 
-def _remedy(spot: _Spot, rule: str, default: str, quoted: bool) -> str:
+def _remedy(spot: _Spot, allowed: str, default: str) -> str:
+    """What to write instead: the nearest choice, other quotes, or the default as an example."""
     word = spot.raw.strip('"')
-    if quoted and isinstance(_plain(word), int | float):
+    value = _scalar_or_text(word)
+    if spot.raw.startswith('"') and not isinstance(value, str):
         return f"take the quotes away: {word}"
-    if rule.startswith("text") and not isinstance(_plain(word), str):
+    if allowed.startswith("text") and not isinstance(value, str):
         shell = "; in a shell inside single quotes" if spot.order[0] else ""
         return f'put it in quotes: "{word}"{shell}'
-    near = nearest(word, re.findall(r"[\w-]+", rule)) if " of " in rule or "auto" in rule else None
-    if near or not 0 < len(default) < 60:
-        return f"did you mean {near}?" if near else "correct the value"
-    return f"write a value such as {default}"
+    near = nearest(ELSEWHERE.get(word, word), _choices(allowed))
+    if near is not None:
+        return f"did you mean {near}?"
+    if default == "null":
+        return "correct the value, or write null"
+    return f"write a value such as {default}" if 0 < len(default) < 60 else "correct the value"
 
 
-def _plain(word: str) -> object:
+def _choices(allowed: str) -> list[str]:
+    """The words to choose from in a rule such as `one of cosine, poly` or `auto, cpu or cuda`."""
+    if "one of" not in allowed and "auto" not in allowed and "tutorial" not in allowed:
+        return []
+    return re.findall(r"[a-z_0-9]+", allowed.replace("one of", ""))
+
+
+def _scalar_or_text(word: str) -> object:
     try:
         return strict_yaml.scalar(word)
     except ValueError:
@@ -406,171 +441,92 @@ def _plain(word: str) -> object:
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """The known word most like `word`, or None when none is near."""
-    found = difflib.get_close_matches(word.lower(), list(known)[:10_000], 1, 0.6)
+    found = difflib.get_close_matches(word[:100].lower(), list(known), 1, 0.6)
     return found[0] if found else None
 
 
+def nearest_sizes(size: int, patch: int) -> tuple[int, int]:
+    """The multiples of the patch size on both sides of an image size, at least one patch."""
+    low = max(size // patch, 1) * patch
+    return low, low if low >= size else low + patch
+
+
 def _suggest_key(key: KeyPath) -> str:
-    word, section = str(key[-1]), _section_at(key[:-1])
-    leaves = ELSEWHERE | {k.rpartition(".")[2]: k for k in reversed(all_keys())}
-    if word in leaves:
-        return f"did you mean {leaves[word]}?"
-    siblings = list(section.model_fields) if section else []
-    near = nearest(word, siblings)
-    if near:
+    """The key that was meant: here first, then anywhere, then what other trainers call it."""
+    word, section = str(key[-1]), section_at(key[:-1])
+    here = list(section.model_fields) if section else []
+    known = ELSEWHERE | {k.rpartition(".")[2]: k for k in reversed(all_keys())}
+    if word in known:
+        return f"did you mean {known[word]}?"
+    near = nearest(word, here)
+    if near is not None:
         return f"did you mean {near}?"
-    near = nearest(word, leaves)
-    if near:
-        return f"did you mean {leaves[near]}?"
-    return f"remove it; keys here are {', '.join(siblings)}"
-
-
-# --- words for rules, from the declarations -----------------------------------------------------
-
-
-def all_keys() -> list[str]:
-    """Every key, dotted, in the order of the reference."""
-    return [_dotted(key) for key, _ in _leaves(Recipe, ())]
-
-
-def _leaves(section: type[Section], prefix: KeyPath) -> Iterator[tuple[KeyPath, FieldInfo]]:
-    for name, info in section.model_fields.items():
-        inner = _section_type(info.annotation)
-        if inner is None:
-            yield (*prefix, name), info
-        else:
-            yield from _leaves(inner, (*prefix, name))
-
-
-def _section_type(annotation: Any) -> type[Section] | None:
-    for option in (annotation, *get_args(annotation)):
-        if isinstance(option, type) and issubclass(option, Section):
-            return option
-    return None
-
-
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, Section)
-
-
-def _section_at(key: KeyPath) -> type[Section] | None:
-    section: type[Section] | None = Recipe
-    for part in key:
-        info = section.model_fields.get(str(part)) if section else None
-        section = _section_type(info.annotation) if info else None
-    return section
+    near = nearest(word, known)
+    if near is not None:
+        return f"did you mean {known[near]}?"
+    return f"remove it; keys here are {', '.join(here)}"
 
 
 def _is_value(key: KeyPath) -> bool:
-    """Whether the key is known and holds neither keys nor options."""
-    section = _section_at(key[:-1])
+    """Whether the key is known and holds no keys of its own."""
+    section = section_at(key[:-1])
     info = section.model_fields.get(str(key[-1])) if section else None
-    return info is not None and not _section_type(info.annotation) and key[-1] != "options"
+    return info is not None and not section_of(info.annotation) and key[-1] != "options"
 
 
 def _rule_at(key: KeyPath) -> tuple[str, str]:
     """The rule for a key (or for an item of its list) and its default, both in words."""
     for n in range(len(key), 0, -1):
-        section = _section_at(key[: n - 1])
+        section = section_at(key[: n - 1])
         info = section.model_fields.get(str(key[n - 1])) if section else None
-        if info is not None:
-            if _section_type(info.annotation):
-                return "a section (key: value lines)", "{}"
-            if n == len(key):
-                return rule(info.annotation, info.metadata), inline(info.default)
-            item = get_args(info.annotation)[1 if get_origin(info.annotation) is dict else 0]
-            return rule(item), ""
-    return "a key of a recipe", "{}"
-
-
-def rule(annotation: Any, metadata: Sequence[Any] = ()) -> str:
-    """What a declared type allows, in words: `a whole number of at least 1, or auto`."""
-    flat = [m for entry in metadata for m in getattr(entry, "metadata", [entry])]
-    for entry in [*flat, *metadata]:
-        if isinstance(entry, Rule):
-            return entry.text
-    origin, args = get_origin(annotation), get_args(annotation)
-    if hasattr(annotation, "__metadata__"):
-        return rule(args[0], annotation.__metadata__)
-    if origin in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(rule(arg) for arg in args))
-    if origin is Literal:
-        return str(args[0]) if len(args) == 1 else "one of " + ", ".join(args)
-    if origin is tuple:
-        many = f"a list of {len(args)}" if Ellipsis not in args else "a list"
-        return f"{many}, each {rule(args[0])}"
-    words: dict[Any, str] = {str: "text", bool: "true or false", Path: "a path", type(None): "null"}
-    words |= {int: "a whole number", float: "a number"}
-    if _section_type(annotation):
-        return "a section (key: value lines)"
-    if origin in (dict, list):
-        return "a mapping" if origin is dict else "a list of numbers or texts"
-    return words[annotation] + _bounds(flat)
-
-
-def _bounds(metadata: Sequence[Any]) -> str:
-    texts = []
-    for entry in metadata:
-        for name, word in (
-            ("ge", "of at least"),
-            ("gt", "above"),
-            ("le", "at most"),
-            ("lt", "below"),
-        ):
-            limit = getattr(entry, name, None)
-            if limit is not None:
-                texts.append(f" {word} {limit:g}")
-    return " and".join(texts)
-
-
-def _dotted(key: KeyPath) -> str:
-    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in key)
-    return text.removeprefix(".")
-
-
-def _kind(value: object) -> str:
-    return "a list" if isinstance(value, list) else "a single value"
+        if info is None:
+            continue
+        if n == len(key):
+            default = "{}" if section_of(info.annotation) else write(info.default)
+            return rule(info.annotation, info.metadata), default
+        item = get_args(info.annotation)[1 if get_origin(info.annotation) is dict else 0]
+        return rule(item), ""
+    return "a mapping of keys", ""
 
 
 # --- what cannot go together --------------------------------------------------------------------
 
+Clash = tuple[str, str, str, str]  # key, other key, why, fix
+
 
 def _conflicts(r: Recipe) -> Iterator[Fault]:
+    """Only what cannot be: an option that would be ignored in silence, or chosen from nothing."""
     for a, b, why, fix in (*_frozen(r), *_views(r), *_splits(r), *_others(r)):
         text = f"{_told(r, a)} cannot go with {_told(r, b)}: {why}"
         yield Fault("recipe.conflict", r.place(a), text, fix)
 
 
 def _told(r: Recipe, key: str) -> str:
-    value = reduce(
-        lambda v, part: v[part] if isinstance(v, dict) else getattr(v, part), key.split("."), r
-    )
-    return f"{key}: {inline(value)}"
-
-
-Clash = tuple[str, str, str, str]  # key, key, why, fix
+    value: Any = r
+    for part in key.split("."):
+        value = value[part] if isinstance(value, dict) else getattr(value, part)
+    return f"{key}: {write(value)}"
 
 
 def _frozen(r: Recipe) -> Iterator[Clash]:
     """Backbone options in a mode that leaves the backbone alone."""
     tuned = {"blocks", "full"} & set(r.ladder.steps) if r.mode == "ladder" else r.mode == "full"
-    if not tuned:
-        for key, value in (
-            ("train.blocks", r.train.blocks),
-            ("train.layer_decay", r.train.layer_decay),
-            ("train.grad_checkpointing", r.train.grad_checkpointing),
-            ("train.patch_drop", r.train.patch_drop),
-            ("model.drop_path_rate", r.model.drop_path_rate),
-        ):
-            if value:
-                fix = f"use mode: full, or remove {key}"
-                yield key, "mode", "the backbone is frozen", fix
+    backbone = (
+        ("train.blocks", r.train.blocks),
+        ("train.layer_decay", r.train.layer_decay),
+        ("train.grad_checkpointing", r.train.grad_checkpointing),
+        ("train.patch_drop", r.train.patch_drop),
+        ("model.drop_path_rate", r.model.drop_path_rate),
+    )
+    for key, value in backbone:
+        if value and not tuned:
+            yield key, "mode", "the backbone is frozen", f"set mode: full, or remove {key}"
     if r.mode == "ladder" and "blocks" in r.ladder.steps and r.train.blocks is None:
         yield "ladder.steps", "train.blocks", "how many blocks is not said", "set train.blocks: 2"
 
 
 def _views(r: Recipe) -> Iterator[Clash]:
-    """Image augmentation where the head sees cached features only."""
+    """Augmentation of photographs where the head sees cached features only."""
     views, t = r.head.views, r.train
     if r.mode != "head" or views == "online":
         return
@@ -578,15 +534,17 @@ def _views(r: Recipe) -> Iterator[Clash]:
         if value:
             why = "cached features come from one photograph each"
             yield key, "head.views", why, f"set head.views: online, or {key}: 0"
-    random = t.augment not in ("tutorial", "plain")
-    for key, active in (("train.reprob", t.reprob > 0), ("train.augment", random)):
+    policy = t.augment not in ("tutorial", "plain")
+    for key, active in (("train.reprob", t.reprob > 0), ("train.augment", policy)):
         if views == 1 and active:
-            yield key, "head.views", "1 is the plain transform", "set head.views: 4, or online"
+            why = "one view is the plain transform, nothing is random"
+            yield key, "head.views", why, "set head.views: 4, or online"
     if views > 1 and t.augment == "plain" and t.reprob == 0:
         yield "head.views", "train.augment", "all views would be equal", "set head.views: 1"
 
 
 def _splits(r: Recipe) -> Iterator[Clash]:
+    """Shares that leave nothing to learn from or to choose on."""
     d = r.data
     if d.split in ("auto", "stratified") and d.val + d.test >= 1:
         yield "data.val", "data.test", "nothing is left to learn from", "let them sum to below 1"
@@ -605,21 +563,18 @@ def _splits(r: Recipe) -> Iterator[Clash]:
 
 
 def _others(r: Recipe) -> Iterator[Clash]:
-    t, options = r.train, r.model.options
+    t, options, size = r.train, r.model.options, r.data.image_size
     if t.warmup_epochs > t.epochs:
         fix = "let the warm-up be shorter than the run"
-        yield "train.warmup_epochs", "train.epochs", "the rate would never be reached", fix
+        yield "train.warmup_epochs", "train.epochs", "the peak rate would never come", fix
     if r.model.sha256 is not None and r.model.weights == "none":
         yield "model.sha256", "model.weights", "there is no file to check", "remove model.sha256"
-    for key in options:
-        if key in OURS:
-            fix = f"remove model.options.{key}; see the keys of model: and data:"
-            yield f"model.options.{key}", "model.name", "vitft sets this keyword itself", fix
-    if (
-        r.data.image_size is not None
-        and options.get("img_size", r.data.image_size) != r.data.image_size
-    ):
-        yield "model.options.img_size", "data.image_size", "they differ", "keep data.image_size"
+    for key in sorted(options.keys() & OURS):
+        fix = f"remove it; say it by the keys of model: and data: ({OURS[key]})"
+        yield f"model.options.{key}", "model.name", "vitft sets this keyword itself", fix
+    if size is not None and options.get("img_size", size) != size:
+        fix = "keep data.image_size alone"
+        yield "model.options.img_size", "data.image_size", "they differ", fix
 
 
 # --- out ----------------------------------------------------------------------------------------
@@ -638,70 +593,53 @@ def dump(recipe: Recipe, *, explain: bool = False) -> str:
 def _lines(section: Section, indent: str, explain: bool) -> Iterator[str]:
     for name, info in type(section).model_fields.items():
         value = getattr(section, name)
-        if explain and info.description:
-            told = f"{rule(info.annotation, info.metadata)}; default {inline(info.default)}"
-            told = "" if _section_type(info.annotation) else f" [{told}]"
-            yield f"{indent}# {info.description}{told}"
+        if explain and (indent or not isinstance(value, Section)):
+            yield from _comment(_meaning(info), indent)
         if isinstance(value, Section):
             if explain and not indent:
-                yield f"\n# {type(value).__doc__}"
+                yield from ("", f"# {type(value).__doc__}")
             yield f"{indent}{name}:"
             yield from _lines(value, indent + "  ", explain)
         else:
-            yield f"{indent}{name}: {inline(value)}"
+            yield f"{indent}{name}: {write(value)}"
 
 
-def inline(value: object) -> str:
-    """A value as one line of YAML that reads back as itself."""
-    if isinstance(value, bool) or value is None:
-        return "null" if value is None else str(value).lower()
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{inline(k)}: {inline(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, tuple | list):
-        return "[" + ", ".join(inline(v) for v in value) + "]"
-    if isinstance(value, float):
-        text = repr(value)
-        return text.replace("e", ".0e") if "e" in text and "." not in text else text
-    return str(value) if isinstance(value, int) else _quote_if_needed(str(value))
+def _meaning(info: FieldInfo) -> str:
+    if section_of(info.annotation):
+        return info.description or ""
+    return f"{info.description} [{rule(info.annotation, info.metadata)}; {_default(info)}]"
 
 
-def _quote_if_needed(text: str) -> str:
-    if re.fullmatch(r"[A-Za-z0-9_./~-]+", text) and text[0] not in "-~" and _plain(text) == text:
-        try:
-            strict_yaml.scalar(text)
-            return text
-        except ValueError:
-            pass
-    escapes = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\t": "\\t"}
-    body = "".join(escapes.get(c, c if c.isprintable() else f"\\U{ord(c):08x}") for c in text)
-    return f'"{body}"'
+def _default(info: FieldInfo) -> str:
+    default = write(info.default)
+    return f"default {default}" if len(default) < 60 else f"{len(info.default)} defaults"
+
+
+def _comment(text: str, indent: str) -> list[str]:
+    lead = f"{indent}# "
+    return textwrap.wrap(text, 100, initial_indent=lead, subsequent_indent=lead)
 
 
 def describe() -> str:
     """Every key with rule, default and meaning, as Markdown tables."""
-    parts = ["## Recipe keys\n"]
-    top = [(k, i) for k, i in _leaves(Recipe, ()) if len(k) == 1]
-    parts.append(_table("Top level", "What to do, and where.", top))
+    top = [(key, info) for key, info in leaves(Recipe) if "." not in key]
+    parts = ["## Recipe keys\n", _table("Top level", "What to do, and where.", top)]
     for name, info in Recipe.model_fields.items():
-        section = _section_type(info.annotation)
+        section = section_of(info.annotation)
         if section is not None:
-            parts.append(_table(f"`{name}`", section.__doc__ or "", _leaves(section, (name,))))
+            keys = leaves(section, f"{name}.")
+            parts.append(_table(f"`{name}`", section.__doc__ or "", keys))
     return "\n".join(parts)
 
 
-def _table(title: str, about: str, keys: Iterable[tuple[KeyPath, FieldInfo]]) -> str:
-    lines = [
-        f"### {title}\n",
-        f"{about}\n",
-        "| key | value | default | meaning |",
-        "|---|---|---|---|",
-    ]
+def _table(title: str, about: str, keys: Iterable[tuple[str, FieldInfo]]) -> str:
+    head = ["| key | value | default | meaning |", "|---|---|---|---|"]
+    lines = [f"### {title}\n", f"{about}\n", *head]
     for key, info in keys:
-        default = "45 values, 1e-06 to 1e+05" if key[-1] == "strengths" else inline(info.default)
-        cells = (rule(info.annotation, info.metadata), f"`{default}`", info.description or "")
-        lines.append(
-            f"| `{_dotted(key)}` | " + " | ".join(c.replace("|", "\\|") for c in cells) + " |"
-        )
+        allowed = rule(info.annotation, info.metadata)
+        default = _default(info).removeprefix("default ")
+        cells = (f"`{key}`", allowed, f"`{default}`", info.description or "")
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
 

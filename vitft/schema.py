@@ -1,15 +1,29 @@
 """Every key a recipe may hold: its type, range, default and meaning, declared once.
 
-`vitft.recipe` reads these declarations to check a file, to word its errors and to print the
-reference, so text and check cannot drift apart. Nothing here knows about YAML or files.
+`vitft.recipe` reads these declarations to check a file; `rule()` derives from the same declarations
+the words of errors and reference, so text and check cannot drift apart. Nothing here knows about
+YAML or files.
 """
 
 import re
+import types
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, Strict
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    Strict,
+)
+from pydantic.fields import FieldInfo
 
 SCHEMA_VERSION = 1
 STRENGTHS = tuple(float(f"{10 ** (-6 + k / 4):.6g}") for k in range(45))  # 1e-6 ... 1e5, as DINOv2
@@ -23,9 +37,28 @@ class Rule:
 
 
 def _has_group(pattern: str) -> str:
-    if pattern != "parent" and "g" not in re.compile(pattern).groupindex:
+    if pattern == "parent":
+        return pattern
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            groups = re.compile(pattern).groupindex
+    except (re.error, OverflowError, RecursionError):
+        raise ValueError("not a regular expression") from None
+    if "g" not in groups:
         raise ValueError("no group")
     return pattern
+
+
+def _not_empty(path: object) -> object:
+    if path == "":
+        raise ValueError("empty")
+    return path
+
+
+def _folder_name(name: str) -> str:
+    if re.fullmatch(r"\w[\w.+-]{0,99}", name) is None:
+        raise ValueError("not a plain name")
+    return name
 
 
 def _rising(pair: tuple[float, float]) -> tuple[float, float]:
@@ -42,8 +75,8 @@ def _different(steps: tuple[str, ...]) -> tuple[str, ...]:
 
 Flag = Annotated[bool, Strict()]
 Integer = Annotated[int, Strict()]
-Count = Annotated[int, Strict(), Field(ge=1)]
-Tally = Annotated[int, Strict(), Field(ge=0)]
+Count = Annotated[int, Strict(), Field(ge=1, lt=2**31), Rule("a whole number of at least 1")]
+Tally = Annotated[int, Strict(), Field(ge=0, lt=2**31), Rule("a whole number of at least 0")]
 Byte = Annotated[int, Strict(), Field(ge=0, le=255)]
 Seed = Annotated[int, Strict(), Field(ge=0, lt=2**63), Rule("a whole number from 0 to 2^63 - 1")]
 Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
@@ -57,7 +90,11 @@ Aspect = Annotated[float, Strict(), Field(ge=1, allow_inf_nan=False)]
 Auto = Literal["auto"]
 Text = Annotated[str, Strict(), Field(min_length=1), Rule("text")]
 Scalar = Flag | Integer | Number | Annotated[str, Strict()] | None
-Option = Scalar | list[Integer | Number | Annotated[str, Strict()]]
+Option = Annotated[
+    Scalar | list[Integer | Number | Annotated[str, Strict()]],
+    Rule("a number, text, true, false, null or a list of numbers and texts"),
+]
+Folder = Annotated[Path, BeforeValidator(_not_empty), Rule("a path")]
 
 # A pattern is always told to people in words, beside it.
 Device = Annotated[
@@ -84,7 +121,7 @@ Sha256 = Annotated[
 RunName = Annotated[
     str,
     Strict(),
-    Field(pattern=r"^\w[\w.+-]{0,99}$"),
+    AfterValidator(_folder_name),
     Rule("a plain folder name of at most 100 characters"),
 ]
 Csv = Annotated[str, Strict(), Field(pattern=r"(?i)\.csv$"), Rule("the path of a .csv file")]
@@ -410,7 +447,7 @@ class Recipe(Section):
     )
     seed: Seed = Field(default=0, description="Every random choice follows from it.")
     device: Device = Field(default="auto", description="`auto`: cuda, then mps, then cpu.")
-    output: Path | None = Field(default=None, description="Folder for runs; null: runs/ here.")
+    output: Folder | None = Field(default=None, description="Folder for runs; null: runs/ here.")
     data: DataSpec = DataSpec()
     model: ModelSpec = ModelSpec()
     head: HeadSpec = HeadSpec()
@@ -452,3 +489,77 @@ class Recipe(Section):
             key: Dotted; one that was left to its default gives `default: train.lr`.
         """
         return self._origin.places.get(key, f"default: {key}")
+
+
+# --- reading the declarations -------------------------------------------------------------------
+
+
+def section_of(annotation: Any) -> type[Section] | None:
+    """The section a declared type holds, optional or not; None for a value."""
+    for option in (annotation, *get_args(annotation)):
+        if isinstance(option, type) and issubclass(option, Section):
+            return option
+    return None
+
+
+def section_at(key: Sequence[str | int]) -> type[Section] | None:
+    """The section at a key path such as ("offline", "data")."""
+    section: type[Section] | None = Recipe
+    for part in key:
+        info = section.model_fields.get(str(part)) if section else None
+        section = section_of(info.annotation) if info else None
+    return section
+
+
+def leaves(section: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every dotted key below a section, with its declaration, in order."""
+    for name, info in section.model_fields.items():
+        inner = section_of(info.annotation)
+        if inner is None:
+            yield prefix + name, info
+        else:
+            yield from leaves(inner, f"{prefix}{name}.")
+
+
+@cache
+def all_keys() -> tuple[str, ...]:
+    """Every key of a recipe, dotted."""
+    return tuple(key for key, _ in leaves(Recipe))
+
+
+_WORDS: dict[Any, str] = {
+    str: "text",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    type(None): "null",
+    dict: "a mapping",
+    list: "a list",
+}
+_BOUNDS = (("ge", "of at least"), ("gt", "above"), ("le", "at most"), ("lt", "below"))
+
+
+def rule(annotation: Any, metadata: Sequence[Any] = ()) -> str:
+    """What a declared type allows, in words: `a number above 0 and at most 1 or null`."""
+    flat = [m for entry in metadata for m in getattr(entry, "metadata", [entry])]
+    told = next((entry.text for entry in flat if isinstance(entry, Rule)), None)
+    origin, args = get_origin(annotation), get_args(annotation)
+    if told is not None:
+        return told
+    if origin is Annotated:
+        return rule(args[0], args[1:])
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(rule(arg) for arg in args))
+    if origin is Literal:
+        return str(args[0]) if len(args) == 1 else "one of " + ", ".join(args)
+    if origin is tuple:
+        many = "a list" if Ellipsis in args else f"a list of {len(args)}"
+        return f"{many}, each {rule(args[0])}"
+    if section_of(annotation):
+        return "a section (key: value lines)"
+    return _WORDS[origin or annotation] + _bounds(flat)
+
+
+def _bounds(metadata: Sequence[Any]) -> str:
+    limits = [(word, getattr(m, name, None)) for m in metadata for name, word in _BOUNDS]
+    return " and".join(f" {word} {limit:g}" for word, limit in limits if limit is not None)

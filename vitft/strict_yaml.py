@@ -27,6 +27,8 @@ _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _OCTAL = re.compile(r"[-+]?(0[0-9_]+|0o[0-7]+|0b[01_]+|0x[0-9a-fA-F_]+)")
 _BASE60 = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
 _GROUPED = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?([eE][-+]?[0-9]+)?")
+_SIMPLE = re.compile(r"[A-Za-z/][A-Za-z0-9_./-]*")  # never a number, date, alias or flow mark
+_TAKEN = frozenset(["y", "n", "yes", "no", "on", "off", "true", "false", "null"])
 _WORDS: dict[str, object] = {
     **dict.fromkeys(("", "~", "null", "Null", "NULL"), None),
     **dict.fromkeys(("true", "True", "TRUE"), True),
@@ -114,6 +116,39 @@ def scalar(raw: str) -> object:
     if _GROUPED.fullmatch(raw):
         raise ValueError(f"{raw} is a number to some YAML readers and text to others")
     return raw
+
+
+def write(value: object) -> str:
+    """Plain data as one line of YAML that reads back as itself, here and in YAML 1.1 readers.
+
+    Args:
+        value: None, bool, int, float, text, path, or lists, tuples and dicts of them.
+    """
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{write(str(k))}: {write(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, tuple | list):
+        return "[" + ", ".join(write(v) for v in value) + "]"
+    if isinstance(value, float):
+        text = {"inf": ".inf", "-inf": "-.inf", "nan": ".nan"}.get(repr(value), repr(value))
+        return text.replace("e", ".0e") if "e" in text and "." not in text else text
+    return str(value) if isinstance(value, int) else _quoted(str(value))
+
+
+def _quoted(text: str) -> str:
+    """Text as it is where no reader could take it for anything else, else in double quotes."""
+    if _SIMPLE.fullmatch(text) and text.lower() not in _TAKEN:
+        return text
+    escapes = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\t": "\\t"}
+    body = "".join(escapes.get(c, c if c.isprintable() else f"\\U{ord(c):08x}") for c in text)
+    return f'"{body}"'
+
+
+def dotted(path: KeyPath) -> str:
+    """`train.lr`, `probe.strengths[3]`."""
+    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+    return "".join(parts).removeprefix(".")
 
 
 class _Stop(Exception):  # noqa: N818  (never leaves this file)
