@@ -1,0 +1,278 @@
+"""The loop: what it trains, that it is a pure function of its seed, that it resumes to the bit."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from vitft import checkpoint
+from vitft.errors import DivergedError, WeightsError
+from vitft.inputs import permutation
+from vitft.recipe import TrainSpec
+from vitft.train import Stopped, Trainer, set_train_mode
+
+N, WIDTH, CLASSES, SIZE = 22, 6, 3, 4
+
+
+class Rows:
+    """Batches of a fixed table, in an order that depends on (seed, epoch) alone."""
+
+    def __init__(self, seed=0, spoil=None):
+        generator = torch.Generator().manual_seed(5)
+        self.x = torch.randn(N, WIDTH, generator=generator)
+        self.y = torch.arange(N) % CLASSES
+        self.x[range(N), self.y] += 2
+        self.seed = seed
+        if spoil is not None:
+            self.x[spoil] = math.nan
+
+    def __len__(self):
+        return math.ceil(N / SIZE)
+
+    def epoch(self, epoch, start=0):
+        order = torch.as_tensor(permutation(N, self.seed, epoch))
+        for rows in order.split(SIZE)[start:]:
+            yield self.x[rows], self.y[rows], rows
+
+    def names(self, rows):
+        return [f"photo_{int(i)}.jpg" for i in rows]
+
+
+def network():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(WIDTH, 8), nn.GELU(), nn.Dropout(0.3), nn.Linear(8, CLASSES))
+
+
+def on(rows):
+    def validate(net):
+        net.eval()
+        with torch.no_grad():
+            logits = net(rows.x)
+            loss = nn.functional.cross_entropy(logits, rows.y)
+        return float((logits.argmax(1) == rows.y).float().mean()), float(loss)
+
+    return validate
+
+
+def trainer(net, rows=None, **kwargs):
+    rows = rows or Rows()
+    options = {"epochs": 3, "lr": 0.05, "opt": "adamw", "ema": 0.9, "clip_grad": 1.0} | kwargs.pop(
+        "spec", {}
+    )
+    spec = TrainSpec(**options)
+    return Trainer(net, rows, spec, seed=7, validate=on(rows), **kwargs)
+
+
+def test_it_learns_and_keeps_the_best_epoch_by_val():
+    net, rows = network(), Rows()
+    result = trainer(net, rows, spec={"epochs": 12}).fit()
+    assert len(result.history) == 12
+    assert result.best["val_accuracy"] == max(r["val_accuracy"] for r in result.history)
+    assert on(rows)(net) == (result.best["val_accuracy"], result.best["val_loss"])
+    assert result.best["val_accuracy"] > 0.9
+
+
+def test_the_same_seed_gives_the_same_weights_bit_for_bit():
+    nets = [network(), network()]
+    for net in nets:
+        torch.manual_seed(id(net) % 1000)  # what the caller drew before must not matter
+        trainer(net).fit()
+    for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_callers_generator_is_left_as_it_was():
+    net = network()
+    torch.manual_seed(99)
+    expected = torch.rand(3)
+    torch.manual_seed(99)
+    trainer(net).fit()
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("stop_after", range(1, 18))
+def test_resume_after_any_step_is_bit_equal(tmp_path, stop_after, accumulate):
+    spec = {"accumulate": accumulate, "checkpoint_minutes": 5.0}
+    whole, records = network(), []
+    undisturbed = trainer(whole, spec=spec, on_record=records.append).fit()
+
+    saved, updates, first = [], [0], []
+
+    def stop():
+        updates[0] += 1
+        return 15 if updates[0] == stop_after else None
+
+    def save(snapshot):
+        saved.append(checkpoint.save(tmp_path, snapshot, identity={"run": 1}))
+
+    broken = network()
+    try:
+        trainer(broken, spec=spec, save=save, stop=stop, on_record=first.append).fit()
+    except Stopped as e:
+        assert e.signum == 15
+        again, second = network(), []
+        snapshot = checkpoint.load(checkpoint.newest(tmp_path), identity={"run": 1})
+        resumed = trainer(again, spec=spec, on_record=second.append).fit(snapshot)
+        rows = [{k: v for k, v in r.items() if k != "seconds"} for r in first + second]
+        assert rows == [{k: v for k, v in r.items() if k != "seconds"} for r in records]
+        assert resumed.best["step"] == undisturbed.best["step"]
+        broken = again
+    for a, b in zip(whole.state_dict().values(), broken.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_accumulating_equals_one_large_batch():
+    torch.manual_seed(0)
+    one, two = nn.Linear(WIDTH, CLASSES), nn.Linear(WIDTH, CLASSES)
+    two.load_state_dict(one.state_dict())
+
+    class Wide(Rows):
+        def __len__(self):
+            return math.ceil(N / (2 * SIZE))
+
+        def epoch(self, epoch, start=0):
+            order = torch.as_tensor(permutation(N, self.seed, epoch))
+            for rows in order.split(2 * SIZE)[start:]:
+                yield self.x[rows], self.y[rows], rows
+
+    options = {"opt": "sgd", "ema": None}
+    trainer(one, Rows(), spec={**options, "accumulate": 2}).fit()
+    trainer(two, Wide(), spec=options).fit()
+    torch.testing.assert_close(one.weight, two.weight, atol=1e-6, rtol=1e-5)
+
+
+def test_out_of_memory_halves_the_parts_and_keeps_the_result(monkeypatch):
+    torch.manual_seed(0)
+    plain, split = nn.Linear(WIDTH, CLASSES), nn.Linear(WIDTH, CLASSES)
+    split.load_state_dict(plain.state_dict())
+    trainer(plain, spec={"ema": None}).fit()
+
+    whole = split.forward
+
+    def forward(x):
+        if len(x) > 2:
+            raise torch.cuda.OutOfMemoryError("no room")
+        return whole(x)
+
+    t = trainer(split, spec={"ema": None})
+    monkeypatch.setattr(split, "forward", forward)
+    validate = t.validate
+
+    def roomy(net):
+        monkeypatch.setattr(split, "forward", whole)
+        scored = validate(net)
+        monkeypatch.setattr(split, "forward", forward)
+        return scored
+
+    t.validate = roomy
+    result = t.fit()
+    assert result.splits == 2
+    torch.testing.assert_close(plain.weight, split.weight, atol=1e-6, rtol=1e-5)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched():
+    net, rows = network(), Rows(spoil=9)
+    saved = []
+    t = trainer(net, rows, spec={"ema": None}, save=saved.append)
+    with pytest.raises(DivergedError, match=r"error\[train.diverged\] epoch 1, step \d") as e:
+        t.fit()
+    assert "photo_9.jpg" in str(e.value)
+    assert "learning rate" in str(e.value)
+    assert "fix: lower train.lr" in str(e.value)
+    assert e.value.exit_code == 6
+    assert all(torch.isfinite(p).all() for p in net.parameters())
+    assert not saved
+
+
+def test_nan_validation_never_ranks_as_best():
+    net, rows = network(), Rows()
+    truth = on(rows)
+    calls = []
+
+    def validate(model):
+        calls.append(1)
+        return (math.nan, math.nan) if len(calls) == 1 else truth(model)
+
+    t = trainer(net, rows, spec={"ema": None})
+    t.validate = validate
+    assert t.fit().best["epoch"] > 1
+
+
+def test_patience_ends_the_run():
+    net = network()
+    t = trainer(net, spec={"epochs": 50, "ema": None, "patience": 2})
+    t.validate = lambda model: (0.5, 1.0)
+    assert len(t.fit().history) == 3
+
+
+def test_layer_decay_reaches_the_learning_rates():
+    import timm
+
+    import vitft  # noqa: F401
+
+    net = timm.create_model(
+        "vitflower_ti16", img_size=32, depth=2, embed_dim=32, num_heads=2, num_classes=3
+    )
+    spec = TrainSpec(opt="adamw", lr=1e-3, layer_decay=0.5, epochs=2)
+
+    class Images(Rows):
+        pass
+
+    t = Trainer(net, Images(), spec, seed=0, validate=lambda m: (0.0, 0.0))
+    rates = {round(g["lr"] / 1e-3, 4) for g in t.optimizer.param_groups}
+    assert rates == {0.125, 0.25, 0.5, 1.0}
+
+
+def test_frozen_parts_stay_in_eval_mode():
+    net = nn.Sequential(nn.BatchNorm1d(WIDTH), nn.Dropout(0.5), nn.Linear(WIDTH, CLASSES))
+    net.requires_grad_(False)
+    net[2].requires_grad_(True)
+    set_train_mode(net)
+    assert [m.training for m in net] == [False, False, True]
+    net.requires_grad_(True)
+    set_train_mode(net)
+    assert all(m.training for m in net)
+
+
+def test_a_checkpoint_of_another_run_is_refused_with_the_difference(tmp_path):
+    saved = []
+
+    def save(snapshot):
+        saved.append(checkpoint.save(tmp_path, snapshot, identity={"classes": ["a", "b"]}))
+
+    trainer(network(), save=save).fit()
+    with pytest.raises(WeightsError, match=r"ckpt.other_run.*classes \['a', 'b'\] \(now \['a'\]\)"):
+        checkpoint.load(saved[-1], identity={"classes": ["a"]})
+    assert checkpoint.load(saved[-1], identity={"classes": ["a"]}, anyway=True).epoch == 3
+
+
+def test_one_flipped_byte_in_a_checkpoint_is_noticed(tmp_path):
+    kept = []
+
+    def save(snapshot):
+        kept.append(checkpoint.save(tmp_path, snapshot, identity={}))
+
+    trainer(network(), save=save).fit()
+    older, newer = sorted(tmp_path.glob("step-*"))
+    file = newer / "state.safetensors"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(WeightsError, match=r"ckpt.corrupt.*state.safetensors"):
+        checkpoint.load(newer, identity={})
+    assert checkpoint.newest(tmp_path) == older
+
+
+def test_a_checkpoint_from_a_newer_format_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "FORMAT", 2)
+    kept = []
+
+    def save(snapshot):
+        kept.append(checkpoint.save(tmp_path, snapshot, identity={}))
+
+    trainer(network(), save=save).fit()
+    monkeypatch.setattr(checkpoint, "FORMAT", 1)
+    with pytest.raises(WeightsError, match=r"ckpt.newer.*format 2, this vitft reads up to 1"):
+        checkpoint.load(kept[-1], identity={})

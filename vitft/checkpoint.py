@@ -1,0 +1,138 @@
+"""A training run's state on disk: written whole or not at all, checked before it is believed.
+
+One folder per checkpoint, `step-00000123/`: `state.safetensors` (every tensor), `state.json` (every
+number) and the manifest with their sha256. No pickle. Random numbers need no state: they are pure
+functions of (seed, step), so that a resumed run draws what the undisturbed one would have.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitft import io
+from vitft.errors import WeightsError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything a training loop needs to go on.
+
+    Attributes:
+        step: Optimizer updates made.
+        epoch: Epoch under way, from 0.
+        batch: Batches of that epoch already used.
+        tensors: Flat names (`model/...`, `ema/...`, `optimizer/...`, `best/...`, `sums/...`).
+        numbers: JSON values: best score, history, scaler, patience.
+    """
+
+    step: int
+    epoch: int
+    batch: int
+    tensors: dict[str, Tensor]
+    numbers: dict[str, Any] = field(default_factory=dict)
+
+
+def save(folder: Path, snapshot: Snapshot, *, identity: dict[str, Any], keep: int = 2) -> Path:
+    """Writes a checkpoint and, once it is whole, forgets all but the newest `keep`.
+
+    Args:
+        folder: The run's `checkpoints/`.
+        snapshot: Of the loop.
+        identity: What must not differ for a resume to make sense (recipe, data, classes).
+        keep: At least 1.
+    """
+    path = folder / f"step-{snapshot.step:08d}"
+    meta = {
+        "format": FORMAT,
+        "step": snapshot.step,
+        "epoch": snapshot.epoch,
+        "batch": snapshot.batch,
+        "identity": identity,
+        "numbers": snapshot.numbers,
+    }
+    with io.staged_dir(path) as staged:
+        io.write_tensors(staged / "state.safetensors", snapshot.tensors, {})
+        io.write_text(staged / "state.json", json.dumps(meta, allow_nan=True))
+    io.keep_newest(folder, "step-*", keep)
+    return path
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint whose manifest verifies, or None; broken ones are passed over."""
+    return io.newest_whole(folder, "step-*")
+
+
+def load(path: Path, *, identity: dict[str, Any], anyway: bool = False) -> Snapshot:
+    """Reads a checkpoint back.
+
+    Args:
+        path: One `step-...` folder.
+        identity: As given to `save`, of the run that wants to go on.
+        anyway: Go on although recipe or data differ (`--resume-anyway`).
+
+    Raises:
+        WeightsError: `ckpt.corrupt` (manifest does not verify), `ckpt.newer` (format), or
+            `ckpt.other_run` listing what differs.
+    """
+    from safetensors.torch import load_file
+
+    problems = io.verify_dir(path)
+    if problems:
+        raise WeightsError.of(
+            "ckpt.corrupt", path, "; ".join(problems), "resume from an older checkpoint beside it"
+        )
+    meta = json.loads((path / "state.json").read_text("utf-8"))
+    if meta["format"] > FORMAT:
+        text = f"written in format {meta['format']}, this vitft reads up to {FORMAT}"
+        raise WeightsError.of("ckpt.newer", path, text, "update vitft")
+    different = _differences(meta["identity"], identity)
+    if different and not anyway:
+        raise WeightsError.of(
+            "ckpt.other_run",
+            path,
+            "it belongs to a run with " + "; ".join(different),
+            "resume with the run's own recipe.resolved.yaml, or pass --resume-anyway",
+        )
+    tensors = load_file(path / "state.safetensors")
+    return Snapshot(meta["step"], meta["epoch"], meta["batch"], tensors, meta["numbers"])
+
+
+def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    keys = sorted(theirs.keys() | ours.keys())
+    return [
+        f"{k} {theirs.get(k)!r} (now {ours.get(k)!r})" for k in keys if theirs.get(k) != ours.get(k)
+    ]
+
+
+def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Optimizer state as tensors `optimizer/<parameter>/<name>`; numbers become 0-d."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"optimizer/{k}/{name}": torch.as_tensor(value).clone()
+        for k, slots in state.items()
+        for name, value in slots.items()
+        if value is not None
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """The way back; hyper-parameters stay those of the recipe (the schedule sets them anyway)."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer/"):
+            _, k, name = key.split("/", 2)
+            state.setdefault(int(k), {})[name] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors below `prefix/`, with it taken off."""
+    cut = len(prefix) + 1
+    return {name[cut:]: t for name, t in tensors.items() if name.startswith(prefix + "/")}

@@ -1,0 +1,94 @@
+"""What a person sees while they wait: one line of news, one warning, one progress bar.
+
+Rich on a terminal; elsewhere (a pipe, CI) a plain line at most every few seconds. All of it goes
+to stderr through the `vitft` logger: stdout carries results alone, a log file can listen.
+"""
+
+import logging
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+EVERY = 5.0  # seconds between progress lines where there is no terminal
+
+logger = logging.getLogger("vitft")
+
+
+def say(text: str) -> None:
+    """One line of news."""
+    logger.info("%s", text)
+
+
+def warn(text: str) -> None:
+    """One line that must not be missed."""
+    logger.warning("%s", text)
+
+
+def track(items: Iterable[T], total: int, what: str) -> Iterator[T]:
+    """Hands the items on and shows how far it is.
+
+    Args:
+        items: Anything; not consumed ahead.
+        total: How many will come.
+        what: Such as `features`, shown before the count.
+    """
+    if sys.stderr.isatty() and total > 1:
+        yield from _bar(items, total, what)
+    else:
+        yield from _lines(items, total, what)
+
+
+def _bar(items: Iterable[T], total: int, what: str) -> Iterator[T]:
+    from rich.console import Console
+    from rich.progress import track as rich_track
+
+    yield from rich_track(
+        items, what, total=total, console=Console(stderr=True), transient=True, show_speed=True
+    )
+
+
+def _lines(items: Iterable[T], total: int, what: str) -> Iterator[T]:
+    start = last = time.monotonic()
+    for done, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if now - last >= EVERY:
+            last, rate = now, done / (now - start)
+            left = (total - done) / rate
+            say(f"{what}: {done:,} of {total:,}, {rate:.1f} per second, {left:.0f} s left")
+
+
+def setup(level: int = logging.INFO, log_file: Path | None = None) -> None:
+    """Attaches the console and, once the run folder exists, the log file; called by doors only."""
+    logger.setLevel(level)
+    logger.propagate = False
+    if not any(isinstance(h, _Stderr) for h in logger.handlers):
+        logger.addHandler(_Stderr())
+    if log_file is not None:
+        handler = logging.FileHandler(log_file, encoding="utf-8", errors="backslashreplace")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger.addHandler(handler)
+
+
+def close_log() -> None:
+    """Detaches log files, so that a second run in one process writes to its own alone."""
+    for handler in list(logger.handlers):
+        if isinstance(handler, logging.FileHandler):
+            handler.close()
+            logger.removeHandler(handler)
+
+
+class _Stderr(logging.Handler):
+    """Plain lines on stderr; a closed terminal ends the talk, not the run."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from vitft.errors import escape
+
+        mark = "" if record.levelno < logging.WARNING else "WARNING: "
+        try:
+            print(mark + escape(record.getMessage()), file=sys.stderr, flush=True)  # noqa: T201
+        except (BrokenPipeError, ValueError, OSError):
+            logger.removeHandler(self)

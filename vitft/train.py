@@ -1,0 +1,437 @@
+"""The only training loop: a head on cached features, the last blocks, or every parameter.
+
+It is handed batches that are pure functions of (seed, epoch, position) and seeds the generator anew
+at each step, so that order, augmentation, dropout and drop path depend on nothing else: not on
+workers, not on where a run was killed and resumed. timm brings task, optimizer, schedule and EMA.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.task import ClassificationTask
+from timm.utils import dispatch_clip_grad
+from torch import Tensor, nn
+
+from vitft.checkpoint import Snapshot, flatten_optimizer, restore_optimizer, under
+from vitft.console import say, warn
+from vitft.errors import DivergedError, VitftError
+from vitft.inputs import derive_seed
+from vitft.recipe import TrainSpec
+
+CHECK_EVERY = 25  # steps between looks at the loss on CUDA, where each look stops the queue
+
+Batch = tuple[Tensor, Tensor, Tensor]
+Validate = Callable[[nn.Module], tuple[float, float]]  # -> accuracy 0 to 1, log loss in nats
+
+
+class Batches(Protocol):
+    """What the loop eats: `vitft.loaders.Batches` over images, `vitft.features.Views` over rows."""
+
+    def __len__(self) -> int: ...
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch from the `start`-th on."""
+        ...
+
+    def names(self, rows: Tensor) -> list[str]:
+        """The files behind some rows, for error texts."""
+        ...
+
+
+class Stopped(BaseException):
+    """A signal asked the loop to end; the state was saved first. Carries the signal's number."""
+
+    def __init__(self, signum: int) -> None:
+        self.signum = signum
+        super().__init__(signum)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a training run leaves behind, besides the weights in the model itself.
+
+    Attributes:
+        history: One record per epoch; accuracies 0 to 1, losses in nats, seconds.
+        best: The record whose weights the model now holds.
+        weights: `plain` or `ema`, whichever was better on val.
+        splits: Parts each batch was cut into after running out of memory (1 = never).
+    """
+
+    history: tuple[dict[str, Any], ...]
+    best: dict[str, Any]
+    weights: str
+    splits: int
+
+
+@dataclass
+class _State:
+    """What changes while the loop runs."""
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    loss_sum: float = 0.0
+    hits: float = 0.0
+    seen: int = 0
+    splits: int = 1
+    since_best: int = 0
+    best: dict[str, Any] | None = None
+    best_tensors: dict[str, Tensor] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Trainer:
+    """One run of the loop over one model; `fit` is the whole story.
+
+    Args:
+        net: Model or head; what requires a gradient is trained, all else stays in eval mode.
+        batches: Training batches, on the model's device.
+        spec: The recipe's `train` section.
+        seed: Of the run.
+        validate: Called after each epoch.
+        soft: The batches' targets are [B, C] probabilities (mixup, cutmix), not class numbers.
+        class_weight: [C] float32 loss weights, or None.
+        on_record: Receives each epoch's record as it is made.
+        save: Receives a Snapshot when it is time to keep one; None keeps none.
+        stop: Polled after each update; a signal number ends the run after saving.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        batches: Batches,
+        spec: TrainSpec,
+        *,
+        seed: int,
+        validate: Validate,
+        soft: bool = False,
+        class_weight: Tensor | None = None,
+        on_record: Callable[[dict[str, Any]], None] = lambda record: None,
+        save: Callable[[Snapshot], None] | None = None,
+        stop: Callable[[], int | None] = lambda: None,
+    ) -> None:
+        self.net, self.batches, self.spec, self.seed = net, batches, spec, seed
+        self.validate, self.on_record, self.save, self.stop = validate, on_record, save, stop
+        self.device = next(net.parameters()).device
+        self.soft = soft
+        self.updates_per_epoch = math.ceil(len(batches) / spec.accumulate)
+        self.optimizer = _optimizer(net, spec)
+        self.scheduler = _scheduler(self.optimizer, spec, self.updates_per_epoch)
+        criterion = nn.CrossEntropyLoss(weight=class_weight, label_smoothing=spec.label_smoothing)
+        self.task = ClassificationTask(net, criterion, device=self.device, verbose=False)
+        if spec.ema is not None:
+            self.task.setup_ema(decay=spec.ema, use_warmup=True)
+        if _compiles(spec, self.device, self.updates_per_epoch * spec.epochs):
+            self.task.compile()
+        self.precision = _precision(spec, self.device)
+        self.scaler = torch.amp.GradScaler(enabled=self.precision is torch.float16)
+        self.state = _State()
+
+    # -- the story ------------------------------------------------------------------------------
+
+    def fit(self, resume: Snapshot | None = None) -> Result:
+        """Trains to the end and leaves the best weights (by val) in the model.
+
+        Args:
+            resume: A checkpoint's snapshot to go on from; the result is then that of the
+                undisturbed run, on CPU bit for bit.
+
+        Raises:
+            DivergedError: `train.diverged`, before anything not finite was saved.
+            Stopped: A signal came; the state was saved.
+        """
+        if resume is not None:
+            self._restore(resume)
+        with torch.random.fork_rng(_generator_devices(self.device)):
+            for epoch in range(self.state.epoch, self.spec.epochs):
+                self.state.epoch = epoch
+                self._epoch()
+                if self._patience_is_over():
+                    break
+        return self._finish()
+
+    def _epoch(self) -> None:
+        s, started = self.state, time.monotonic()
+        set_train_mode(self.net)
+        pending: list[Batch] = []
+        last_save = time.monotonic()
+        for batch in self.batches.epoch(s.epoch, s.batch):
+            pending.append(batch)
+            s.batch += 1
+            if len(pending) < self.spec.accumulate and s.batch < len(self.batches):
+                continue
+            self._update(pending)
+            pending = []
+            signum = self.stop()
+            due = time.monotonic() - last_save > self.spec.checkpoint_minutes * 60
+            if self.save and (due or signum is not None) and s.batch < len(self.batches):
+                self._raise_if_diverged()
+                self.save(self.snapshot())
+                last_save = time.monotonic()
+            if signum is not None and s.batch < len(self.batches):
+                raise Stopped(signum)
+        self._close_epoch(time.monotonic() - started)
+
+    def _close_epoch(self, seconds: float) -> None:
+        s = self.state
+        self._raise_if_diverged()
+        record = self._record(seconds)
+        s.history.append(record)
+        self.on_record(record)
+        s.epoch, s.batch, s.loss_sum, s.hits, s.seen = s.epoch + 1, 0, 0.0, 0.0, 0
+        if self.save:
+            self.save(self.snapshot())
+        signum = self.stop()
+        if signum is not None and s.epoch < self.spec.epochs:
+            raise Stopped(signum)
+
+    # -- one update -----------------------------------------------------------------------------
+
+    def _update(self, pending: list[Batch]) -> None:
+        """One optimizer step; running out of memory halves the parts, never the batch."""
+        while True:
+            try:
+                loss_sum, hits, seen = self._gradients(pending)
+                break
+            except torch.cuda.OutOfMemoryError:
+                largest = max(len(x) for x, _, _ in pending)
+                if self.state.splits >= largest:
+                    raise
+                self.state.splits *= 2
+                torch.cuda.empty_cache()
+                part = math.ceil(largest / self.state.splits)
+                warn(f"out of memory: going on with parts of {part} images, same effective batch")
+        s = self.state
+        if self.device.type != "cuda" or (s.step + 1) % CHECK_EVERY == 0:
+            self._raise_if_not_finite(loss_sum, pending)
+        self._step()
+        s.loss_sum, s.hits, s.seen = s.loss_sum + loss_sum, s.hits + hits, s.seen + seen
+
+    def _gradients(self, pending: list[Batch]) -> tuple[Any, Any, int]:
+        torch.manual_seed(derive_seed(self.seed, "step", self.state.step))
+        self.optimizer.zero_grad(set_to_none=True)
+        total = sum(len(x) for x, _, _ in pending)
+        loss_sum: Any = 0.0
+        hits: Any = 0.0
+        for x, y, _ in pending:
+            for part_x, part_y in zip(
+                x.chunk(self.state.splits), y.chunk(self.state.splits), strict=True
+            ):
+                with self._autocast():
+                    out = self.task(part_x, part_y)
+                share = out["loss"] * (len(part_x) / total)
+                self.scaler.scale(share).backward()
+                loss_sum = loss_sum + out["loss"].detach().float() * len(part_x)
+                if not self.soft:
+                    hits = hits + (out["output"].detach().argmax(1) == part_y).sum()
+        if self.device.type == "cuda":
+            return loss_sum, hits, total
+        return float(loss_sum), float(hits), total
+
+    def _step(self) -> None:
+        s = self.state
+        self.scheduler.step_update(s.step)
+        if self.spec.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            dispatch_clip_grad(self.net.parameters(), self.spec.clip_grad, mode="norm")
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        s.step += 1
+        self.task.update_ema(step=s.step)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.precision is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.precision)
+
+    # -- what is finite, what is best -----------------------------------------------------------
+
+    def _raise_if_not_finite(self, loss_sum: Any, pending: list[Batch]) -> None:
+        if math.isfinite(float(loss_sum)):
+            return
+        names = [name for _, _, rows in pending for name in self.batches.names(rows)]
+        raise self._diverged(f"loss {float(loss_sum)}", ", ".join(names[:8]))
+
+    def _raise_if_diverged(self) -> None:
+        """Before anything is saved: the running loss and every trained tensor must be finite."""
+        if not math.isfinite(float(self.state.loss_sum)):
+            raise self._diverged(f"loss {float(self.state.loss_sum)}", "unknown")
+        for name, p in self.net.named_parameters():
+            if p.requires_grad and not bool(torch.isfinite(p).all()):
+                raise self._diverged(f"{name} is not finite", "unknown")
+
+    def _diverged(self, what: str, files: str) -> VitftError:
+        lr = self.optimizer.param_groups[0]["lr"]
+        return DivergedError.of(
+            "train.diverged",
+            f"epoch {self.state.epoch + 1}, step {self.state.step + 1}",
+            f"{what} at learning rate {lr:.3g}; photographs of this step: {files}",
+            "lower train.lr or set train.clip_grad: 1.0; the last checkpoint is finite",
+        )
+
+    def _record(self, seconds: float) -> dict[str, Any]:
+        s = self.state
+        record: dict[str, Any] = {
+            "epoch": s.epoch + 1,
+            "train_loss": float(s.loss_sum) / s.seen,
+            "train_accuracy": None if self.soft else float(s.hits) / s.seen,
+        }
+        candidates = {"plain": self.net}
+        if self.task.has_ema():
+            candidates["ema"] = self.task.get_eval_model(ema=True).module
+        scored = {name: self.validate(net) for name, net in candidates.items()}
+        weights = min(scored, key=lambda name: _rank(*scored[name]))
+        accuracy, loss = scored[weights]
+        record |= {"val_accuracy": accuracy, "val_loss": loss, "weights": weights}
+        record |= {f"val_accuracy_{name}": a for name, (a, _) in scored.items() if len(scored) > 1}
+        record |= {"lr": self.optimizer.param_groups[0]["lr"], "step": s.step, "seconds": seconds}
+        self._keep_best(record, candidates[weights])
+        return record
+
+    def _keep_best(self, record: dict[str, Any], net: nn.Module) -> None:
+        s, now = self.state, _rank(record["val_accuracy"], record["val_loss"])
+        if s.best is not None and now >= _rank(s.best["val_accuracy"], s.best["val_loss"]):
+            s.since_best += 1
+            return
+        s.best, s.since_best = record, 0
+        trained = _trained(self.net)
+        s.best_tensors = {k: v.clone() for k, v in net.state_dict().items() if k in trained}
+
+    def _patience_is_over(self) -> bool:
+        patience = self.spec.patience
+        if patience is None or self.state.since_best < patience:
+            return False
+        say(f"no better epoch in {patience}: stopping after epoch {self.state.epoch}")
+        return True
+
+    def _finish(self) -> Result:
+        s = self.state
+        if s.best is None:
+            raise ValueError("no epoch was trained")
+        self.net.load_state_dict(s.best_tensors, strict=False)
+        self.net.eval()
+        return Result(tuple(s.history), s.best, s.best["weights"], s.splits)
+
+    # -- there and back -------------------------------------------------------------------------
+
+    def snapshot(self) -> Snapshot:
+        """The whole state, tensors cloned so that training may go on while it is written."""
+        s, trained = self.state, _trained(self.net)
+        tensors = {f"model/{k}": v for k, v in self.net.state_dict().items() if k in trained}
+        if self.task.has_ema():
+            ema = self.task.get_eval_model(ema=True).module
+            tensors |= {f"ema/{k}": v for k, v in ema.state_dict().items() if k in trained}
+        tensors |= flatten_optimizer(self.optimizer)
+        tensors |= {f"best/{k}": v for k, v in s.best_tensors.items()}
+        numbers = {
+            "loss_sum": float(s.loss_sum),
+            "hits": float(s.hits),
+            "seen": s.seen,
+            "splits": s.splits,
+            "since_best": s.since_best,
+            "best": s.best,
+            "history": s.history,
+            "scaler": self.scaler.state_dict(),
+        }
+        copies = {k: v.detach().cpu().clone() for k, v in tensors.items()}
+        return Snapshot(s.step, s.epoch, s.batch, copies, numbers)
+
+    def _restore(self, snapshot: Snapshot) -> None:
+        t, n, s = snapshot.tensors, snapshot.numbers, self.state
+        self.net.load_state_dict(under("model", t), strict=False)
+        if self.task.has_ema():
+            self.task.get_eval_model(ema=True).module.load_state_dict(under("ema", t), strict=False)
+        restore_optimizer(self.optimizer, t)
+        self.scaler.load_state_dict(n["scaler"])
+        s.step, s.epoch, s.batch = snapshot.step, snapshot.epoch, snapshot.batch
+        s.loss_sum, s.hits, s.seen, s.splits = n["loss_sum"], n["hits"], n["seen"], n["splits"]
+        s.since_best, s.best, s.history = n["since_best"], n["best"], list(n["history"])
+        s.best_tensors = under("best", t)
+
+
+def set_train_mode(net: nn.Module) -> None:
+    """Train mode where something is trained; frozen parts stay in eval mode."""
+    parameters = list(net.parameters())
+    net.train()
+    if all(p.requires_grad for p in parameters):
+        return
+    net.eval()
+    for module in net.modules():
+        own = list(module.parameters())
+        if own and all(p.requires_grad for p in own):
+            module.train()
+
+
+def _rank(accuracy: float, loss: float) -> tuple[float, float]:
+    """Smaller is better; NaN is never best."""
+    bad = math.inf
+    return (bad if math.isnan(accuracy) else -accuracy, bad if math.isnan(loss) else loss)
+
+
+def _trained(net: nn.Module) -> set[str]:
+    """Names that training can change: trainable parameters, and buffers outside frozen modules."""
+    names = {name for name, p in net.named_parameters() if p.requires_grad}
+    for prefix, module in net.named_modules():
+        own = list(module.parameters())
+        if not own or any(p.requires_grad for p in own):
+            names |= {f"{prefix}.{k}".lstrip(".") for k, _ in module.named_buffers(recurse=False)}
+    return names
+
+
+def _optimizer(net: nn.Module, spec: TrainSpec) -> torch.optim.Optimizer:
+    optimizer: torch.optim.Optimizer = create_optimizer_v2(
+        net,
+        opt=spec.opt,
+        lr=spec.lr,
+        weight_decay=spec.weight_decay,
+        momentum=spec.momentum,
+        layer_decay=spec.layer_decay,
+    )
+    return optimizer
+
+
+def _scheduler(optimizer: torch.optim.Optimizer, spec: TrainSpec, updates: int) -> Any:
+    """A per-update schedule, and the proof that layer-wise scales reach the learning rates."""
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched=spec.sched,
+        num_epochs=spec.epochs,
+        min_lr=spec.lr * spec.min_lr_ratio,
+        warmup_epochs=spec.warmup_epochs,
+        warmup_lr=spec.lr * spec.min_lr_ratio,
+        step_on_epochs=False,
+        updates_per_epoch=updates,
+    )
+    scheduler.step_update(0)
+    rates = {g["lr"] / g.get("lr_scale", 1.0) for g in optimizer.param_groups}
+    if max(rates) - min(rates) > 1e-9 * max(rates):
+        raise ValueError(f"schedule {spec.sched} does not apply the layer-wise scales: {rates}")
+    return scheduler
+
+
+def _precision(spec: TrainSpec, device: torch.device) -> torch.dtype | None:
+    """bfloat16 on CUDA that has it, float16 on CUDA that has not, float32 elsewhere."""
+    named = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}
+    if spec.amp != "auto":
+        return named[spec.amp]
+    if device.type != "cuda":
+        return None
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def _compiles(spec: TrainSpec, device: torch.device, updates: int) -> bool:
+    """Compiling takes about a minute; on CUDA that is won back over some hundred updates."""
+    if spec.compile == "auto":
+        return device.type == "cuda" and updates >= 500
+    return bool(spec.compile)
+
+
+def _generator_devices(device: torch.device) -> list[int]:
+    return [device.index or 0] if device.type == "cuda" else []
