@@ -1,0 +1,91 @@
+"""Scores against hand-computed answers and scikit-learn; predictions in order, complete."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn import metrics
+
+from vitft.evaluate import Predictions, accuracy, log_loss, predict, score, softmax
+from vitft.stats import wilson
+
+CLASSES = ("a", "b", "c", "empty")
+
+
+def hand_made():
+    """Six photographs; a: 2 right, 1 as b; b: 1 right, 1 as c; c: 1 right; `empty` has none."""
+    labels = np.array([0, 0, 0, 1, 1, 2])
+    guesses = np.array([0, 0, 1, 1, 2, 2])
+    logits = np.full((6, 4), -1.0, dtype=np.float32)
+    logits[np.arange(6), guesses] = 2.0
+    return Predictions(logits, labels)
+
+
+def test_scores_equal_the_hand_computed_ones():
+    s = score(hand_made(), CLASSES)
+    assert s.n == 6
+    assert s.confusion.tolist() == [[2, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
+    assert s.accuracy == 4 / 6
+    assert s.accuracy_interval == wilson(4, 6)
+    assert s.majority == 3 / 6
+    assert s.balanced_accuracy == pytest.approx((2 / 3 + 1 / 2 + 1) / 3)
+    a, b, c, empty = s.per_class
+    assert (a.precision, a.recall, a.support) == (1.0, 2 / 3, 3)
+    assert a.f1 == pytest.approx(0.8)
+    assert (b.precision, b.recall) == (0.5, 0.5)
+    assert (c.precision, c.recall) == (0.5, 1.0)
+    assert (empty.precision, empty.recall, empty.f1, empty.support) == (0, 0, 0, 0)
+    assert b.recall_interval == wilson(1, 2)
+    assert s.macro_f1 == pytest.approx((0.8 + 0.5 + 2 / 3 + 0) / 4)
+
+
+def test_per_class_numbers_equal_scikit_learns():
+    rng = np.random.default_rng(0)
+    p = Predictions(rng.normal(size=(200, 4)).astype(np.float32), rng.integers(0, 4, 200))
+    s = score(p, CLASSES)
+    guess = p.logits.argmax(1)
+    expected = metrics.precision_recall_fscore_support(p.labels, guess, labels=range(4))
+    got = [[getattr(c, k) for c in s.per_class] for k in ("precision", "recall", "f1", "support")]
+    np.testing.assert_allclose(got, expected)
+    assert s.log_loss == pytest.approx(metrics.log_loss(p.labels, p.probabilities()))
+    assert log_loss(p) == pytest.approx(s.log_loss)
+    assert accuracy(p) == s.accuracy
+    assert s.top_k[3] == pytest.approx(
+        metrics.top_k_accuracy_score(p.labels, p.logits, k=3, labels=range(4))
+    )
+
+
+def test_top_k_is_only_told_where_it_says_something():
+    two = Predictions(np.eye(2, dtype=np.float32), np.array([0, 1]))
+    assert score(two, ("a", "b")).top_k == {}
+    assert set(score(hand_made(), CLASSES).top_k) == {3}
+
+
+def test_probabilities_sum_to_one_and_a_temperature_flattens_them():
+    logits = np.array([[1000.0, 0.0, -1000.0], [1.0, 2.0, 3.0]], dtype=np.float32)
+    p = softmax(logits)
+    np.testing.assert_allclose(p.sum(1), 1)
+    assert softmax(logits, 10.0)[1].max() < p[1].max()
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels"),
+    [
+        (np.zeros((2, 3), np.float32), np.array([0, 1])),
+        (np.zeros((2, 4), np.float32), np.array([0, 4])),
+        (np.zeros((2, 4), np.float32), np.array([-1, 0])),
+        (np.zeros((0, 4), np.float32), np.array([], dtype=np.int64)),
+    ],
+)
+def test_what_does_not_fit_the_classes_is_refused(logits, labels):
+    with pytest.raises(ValueError, match="not 4 classes"):
+        score(Predictions(logits, labels), CLASSES)
+
+
+def test_predictions_keep_order_and_number():
+    net = torch.nn.Linear(2, 3)
+    x = torch.randn(7, 2)
+    batches = [(x[i : i + 3], torch.arange(i, min(i + 3, 7)) % 3, None) for i in (0, 3, 6)]
+    p = predict(net.train(), batches)
+    np.testing.assert_allclose(p.logits, net(x).detach().numpy(), rtol=1e-6)
+    assert p.labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert not net.training

@@ -1,0 +1,184 @@
+"""Model + batches -> predictions -> scores. Numbers only; scikit-learn defines every one of them.
+
+Test photographs pass here once. Nothing is dropped: as many predictions leave as photographs came.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from vitft.stats import Interval, wilson
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model said of a split.
+
+    Attributes:
+        logits: [N, C] float32, unnormalised, in the order of the split's rows.
+        labels: [N] int64, each in [0, C).
+    """
+
+    logits: NDArray[np.float32]
+    labels: NDArray[np.int64]
+
+    def probabilities(self, temperature: float = 1.0) -> NDArray[np.float64]:
+        """Softmax of logits / temperature, [N, C] float64, rows sum to 1."""
+        return softmax(self.logits, temperature)
+
+
+@dataclass(frozen=True)
+class ClassScore:
+    """One row of the per-class table; fractions 0 to 1, `support` counts photographs."""
+
+    name: str
+    precision: float
+    recall: float
+    f1: float
+    support: int
+    precision_interval: Interval
+    recall_interval: Interval
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The numbers of a report; fractions 0 to 1.
+
+    Attributes:
+        confusion: [C, C] int64, rows true, columns predicted; sums to `n`.
+        majority: Accuracy of always naming the commonest class of this split.
+        top_k: Accuracy among the k likeliest, for each k < C.
+    """
+
+    n: int
+    accuracy: float
+    accuracy_interval: Interval
+    balanced_accuracy: float
+    macro_f1: float
+    log_loss: float
+    majority: float
+    top_k: dict[int, float]
+    per_class: tuple[ClassScore, ...]
+    confusion: NDArray[np.int64]
+
+
+def softmax(logits: NDArray[np.float32], temperature: float = 1.0) -> NDArray[np.float64]:
+    """Probabilities from logits, in float64 so that a report's rows sum to 1.
+
+    Args:
+        logits: [N, C] float32.
+        temperature: Positive; above 1 makes the model less sure.
+    """
+    scaled = logits.astype(np.float64) / temperature
+    scaled -= scaled.max(axis=1, keepdims=True)
+    e = np.exp(scaled)
+    return np.asarray(e / e.sum(axis=1, keepdims=True))
+
+
+@torch.inference_mode()
+def predict(
+    net: nn.Module, batches: Iterable[tuple[Tensor, Tensor, Tensor]], *, autocast: bool = False
+) -> Predictions:
+    """Runs a model over batches, in eval mode, in their order.
+
+    Args:
+        net: Gives logits [B, C].
+        batches: (x [B, ...] on the model's device, y [B], rows [B]).
+        autocast: bfloat16 on CUDA; the logits are float32 either way.
+
+    Returns:
+        Predictions; row i belongs to row i of the split.
+    """
+    net.eval()
+    logits, labels = [], []
+    for x, y, _ in batches:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
+            logits.append(net(x).float().cpu())  # [B, C]
+        labels.append(y.cpu())
+    return Predictions(torch.cat(logits).numpy(), torch.cat(labels).numpy())
+
+
+def score(predictions: Predictions, classes: Sequence[str]) -> Scores:
+    """Turns predictions into the numbers of the report.
+
+    Args:
+        predictions: N >= 1 rows.
+        classes: C names; their order is the order of rows and columns.
+
+    Returns:
+        Scores over all C classes, those without photographs included (support 0).
+
+    Raises:
+        ValueError: The logits' width is not C, or a label is outside [0, C).
+
+    Source: sklearn.metrics, called with all C labels so that no class or sample is dropped.
+    """
+    from sklearn import metrics
+
+    n, width = predictions.logits.shape
+    y = predictions.labels
+    if width != len(classes) or not n or y.min() < 0 or y.max() >= width:
+        raise ValueError(
+            f"{n} x {width} logits, labels up to {y.max(initial=-1)}: not {len(classes)} classes"
+        )
+    labels = np.arange(width)
+    guess = predictions.logits.argmax(axis=1)
+    confusion = metrics.confusion_matrix(y, guess, labels=labels)
+    per_class = _per_class(confusion, classes)
+    hits = int(np.trace(confusion))
+    present = confusion.sum(axis=1) > 0
+    return Scores(
+        n=n,
+        accuracy=hits / n,
+        accuracy_interval=wilson(hits, n),
+        balanced_accuracy=float(
+            np.mean([c.recall for c, p in zip(per_class, present, strict=True) if p])
+        ),
+        macro_f1=float(metrics.f1_score(y, guess, labels=labels, average="macro", zero_division=0)),
+        log_loss=float(metrics.log_loss(y, predictions.probabilities(), labels=labels)),
+        majority=float(confusion.sum(axis=1).max() / n),
+        top_k=_top_k(predictions, ks=(3, 5)),
+        per_class=per_class,
+        confusion=confusion.astype(np.int64),
+    )
+
+
+def accuracy(predictions: Predictions) -> float:
+    """Share of rows whose largest logit is the label's; ties go to the smaller index."""
+    return float((predictions.logits.argmax(axis=1) == predictions.labels).mean())
+
+
+def log_loss(predictions: Predictions) -> float:
+    """Mean negative log-likelihood of the labels, in nats."""
+    p = predictions.probabilities()[np.arange(len(predictions.labels)), predictions.labels]
+    return float(-np.log(np.maximum(p, np.finfo(np.float64).tiny)).mean())
+
+
+def _per_class(confusion: NDArray[np.int64], classes: Sequence[str]) -> tuple[ClassScore, ...]:
+    rows = []
+    for k, name in enumerate(classes):
+        hit, true, said = int(confusion[k, k]), int(confusion[k].sum()), int(confusion[:, k].sum())
+        rows.append(
+            ClassScore(
+                name=name,
+                precision=hit / said if said else 0.0,
+                recall=hit / true if true else 0.0,
+                f1=2 * hit / (true + said) if true + said else 0.0,
+                support=true,
+                precision_interval=wilson(hit, said),
+                recall_interval=wilson(hit, true),
+            )
+        )
+    return tuple(rows)
+
+
+def _top_k(predictions: Predictions, ks: Sequence[int]) -> dict[int, float]:
+    """Only k < C: the k-th of k classes is always right and says nothing."""
+    width = predictions.logits.shape[1]
+    order = np.argsort(-predictions.logits, axis=1, kind="stable")  # [N, C]
+    hit = order == predictions.labels[:, None]
+    return {k: float(hit[:, :k].any(axis=1).mean()) for k in ks if k < width}
