@@ -89,7 +89,7 @@ ELSEWHERE = {  # what other trainers call our keys and values
     "img_size": "data.image_size",
     "num_workers": "train.workers",
     "output_dir": "output",
-    "gpu": "cuda",
+    "gpu": "device",
 }
 _NOT_PATHS = {  # words with a meaning of their own
     "data.root": re.compile(r"sample:.*|flower_photos"),
@@ -417,7 +417,7 @@ def _remedy(spot: _Spot, allowed: str, default: str) -> str:
     if allowed.startswith("text") and not isinstance(value, str):
         shell = "; in a shell inside single quotes" if spot.order[0] else ""
         return f'put it in quotes: "{word}"{shell}'
-    near = nearest(ELSEWHERE.get(word, word), _choices(allowed))
+    near = nearest("cuda" if word == "gpu" else word, _choices(allowed))
     if near is not None:
         return f"did you mean {near}?"
     if default == "null":
@@ -643,5 +643,11 @@ def _table(title: str, about: str, keys: Iterable[tuple[str, FieldInfo]]) -> str
     return "\n".join(lines) + "\n"
 
 
-if __name__ == "__main__":
+def main(argv: Sequence[str]) -> int:
+    """Prints the reference; it takes no arguments."""
     sys.stdout.write(describe())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
