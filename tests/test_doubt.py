@@ -112,3 +112,81 @@ def test_a_target_outside_its_range_is_refused():
     for target in (0.0, 1.0, 2):
         with pytest.raises(ValueError, match="must lie between 0 and 1, got"):
             doubt.abstain(*pictures(5, 0), target)
+
+
+def clouds(n, seed, *, centre=3.0, width=24):
+    """Features around one direction; a foreign cloud points elsewhere."""
+    rows = np.random.default_rng(seed).normal(0, 1, (n, width))
+    rows[:, 0] += centre
+    return rows.astype(np.float32)
+
+
+def test_distance_by_hand():
+    train = np.array([[2.0, 0], [0, 3.0], [5.0, 0]])
+    known = doubt.fit_foreign(train)
+    # all three are neighbours: (1 + 0 + 1) / 3, and at 45 degrees .7071 each
+    assert known.score([[1.0, 0]])[0] == pytest.approx(1 - 2 / 3, abs=1e-3)
+    assert known.score([[1.0, 1.0]])[0] == pytest.approx(1 - np.sqrt(0.5), abs=1e-3)
+    assert known.score([[-4.0, 0]])[0] == pytest.approx(1 + 2 / 3, abs=1e-3)
+
+
+def test_neighbours_equal_scikit_learn():
+    from sklearn.neighbors import NearestNeighbors
+
+    train, new = clouds(300, 0), clouds(40, 1)
+    reference = NearestNeighbors(n_neighbors=5, metric="cosine").fit(train)
+    expected = reference.kneighbors(new)[0].mean(axis=1)
+    assert doubt.fit_foreign(train).score(new) == pytest.approx(expected, abs=2e-3)
+
+
+def test_one_ordinary_picture_in_a_hundred_is_called_foreign():
+    rates = [
+        doubt.fit_foreign(clouds(500, s), clouds(300, s + 100)).is_foreign(clouds(2000, 7)).mean()
+        for s in range(8)
+    ]
+    assert 0.003 < np.mean(rates) < 0.02
+    alone = doubt.fit_foreign(clouds(500, 0)).is_foreign(clouds(2000, 7)).mean()
+    assert 0.001 < alone < 0.03
+
+
+def test_pictures_of_another_kind_are_foreign():
+    known = doubt.fit_foreign(clouds(500, 0), clouds(200, 1))
+    other = clouds(100, 2, centre=-3.0)
+    assert known.is_foreign(other).all()
+    assert known.farther_than(other).min() > 0.99
+    assert 0.4 < known.farther_than(clouds(1000, 3)).mean() < 0.6
+
+
+def test_only_so_many_rows_are_remembered():
+    known = doubt.fit_foreign(clouds(500, 0), memory=50, seed=1)
+    assert known.rows.shape == (50, 24)
+    assert known.rows.dtype == np.float16
+    again = doubt.fit_foreign(clouds(500, 0), memory=50, seed=1)
+    assert (again.rows == known.rows).all()
+    assert doubt.fit_foreign(clouds(500, 0), memory=50, seed=2).limit != known.limit
+
+
+def test_the_model_file_gives_the_same_answers():
+    known = doubt.fit_foreign(clouds(200, 0))
+    back = doubt.Foreign.from_tensors({k: v.copy() for k, v in known.tensors().items()})
+    new = clouds(30, 5)
+    assert (back.score(new) == known.score(new)).all()
+    assert (back.is_foreign(new) == known.is_foreign(new)).all()
+    with pytest.raises(KeyError, match="foreign.rows"):
+        doubt.Foreign.from_tensors({})
+
+
+def test_blocks_change_nothing(monkeypatch):
+    known = doubt.fit_foreign(clouds(60, 0))
+    monkeypatch.setattr(doubt, "BLOCK", 7)
+    in_blocks = doubt.fit_foreign(clouds(60, 0))
+    assert in_blocks.limit == pytest.approx(known.limit, abs=1e-6)
+    assert in_blocks.score(clouds(30, 1)) == pytest.approx(known.score(clouds(30, 1)), abs=1e-6)
+
+
+def test_features_that_mean_nothing_are_refused():
+    with pytest.raises(ValueError, match="needs two of them, got 1"):
+        doubt.fit_foreign(clouds(1, 0))
+    with pytest.raises(ValueError, match=r"finite and \[N, D\], got shape \(1, 2\)"):
+        doubt.fit_foreign(clouds(5, 0, width=2)).score([[np.nan, 1.0]])
+    assert np.isfinite(doubt.fit_foreign(np.zeros((3, 4))).score(np.zeros((1, 4)))).all()

@@ -8,6 +8,7 @@ the model file and applied by predict.
 Arrays: N images, C classes, D feature width.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil, log
 
@@ -18,9 +19,14 @@ from vitft.stats import Interval, checked, wilson
 
 PROMISE = 0.90  # confidence of the abstain threshold
 STEPS = 40  # thresholds tried
+NEAREST = 5  # 1 to 50 measured alike; a few, so that one odd training picture decides nothing
+MEMORY = 2000  # training rows kept in the model file; 600 lost 1 to 3 points of AUROC on flowers
+ORDINARY = 0.99  # share of ordinary pictures that pass as such
+BLOCK = 1024  # pictures scored at once
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Rows = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,97 @@ class Abstain:
     promised: bool
     validation: Accepted
     words: str
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """Remembers what training pictures look like, and how far ordinary pictures lie from them.
+
+    The distance is 1 - mean cosine to the nearest training features. It beat Mahalanobis (shared or
+    single covariance), principal-component residuals and standardised features on flowers against
+    pictures of other subjects, and it needs no covariance of a width that exceeds the pictures.
+
+    Attributes:
+        rows: [M, D] float16 unit rows, a seeded sample of the training features.
+        ordinary: [Q] float32, ascending distances of ordinary pictures (evenly spaced quantiles).
+        limit: A picture farther than this is called foreign.
+
+    Source: Y. Sun et al., Out-of-distribution detection with deep nearest neighbors, 2022.
+    """
+
+    rows: NDArray[np.float16]
+    ordinary: Rows
+    limit: float
+
+    def score(self, features: ArrayLike) -> Rows:
+        """[N, D] features -> [N] float32 distances to the nearest training features, 0-2."""
+        return _distances(_unit(features), self.rows.astype(np.float32))
+
+    def farther_than(self, features: ArrayLike) -> Floats:
+        """[N, D] features -> [N] share of ordinary pictures that lie closer, 0-1."""
+        grid = np.linspace(0, 1, len(self.ordinary))
+        return np.interp(self.score(features), self.ordinary, grid)
+
+    def is_foreign(self, features: ArrayLike) -> NDArray[np.bool_]:
+        """[N, D] features -> [N] whether each picture is unlike the training pictures."""
+        return self.score(features) > self.limit
+
+    def tensors(self) -> dict[str, NDArray[np.floating]]:
+        """The arrays for the model file."""
+        limit = np.asarray([self.limit], np.float32)
+        return {
+            "foreign.rows": self.rows,
+            "foreign.ordinary": self.ordinary,
+            "foreign.limit": limit,
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, ArrayLike]) -> "Foreign":
+        """What `tensors` gave, from the model file.
+
+        Raises:
+            KeyError: An array is missing.
+        """
+        return cls(
+            np.asarray(tensors["foreign.rows"], np.float16),
+            np.asarray(tensors["foreign.ordinary"], np.float32),
+            float(np.asarray(tensors["foreign.limit"], np.float32).ravel()[0]),
+        )
+
+
+def fit_foreign(
+    train: ArrayLike, held_out: ArrayLike | None = None, *, memory: int = MEMORY, seed: int = 0
+) -> Foreign:
+    """Learns what an ordinary picture is.
+
+    One ordinary picture in a hundred will be called foreign; that rate is exact on average when
+    `held_out` are pictures that trained nothing and come from the same source.
+
+    Args:
+        train: [N, D] training features, N >= 2.
+        held_out: [n, D] features of other ordinary pictures, such as the validation split. Without
+            them each kept training row is measured against the others, which is too strict when
+            the backbone was trained on them.
+        memory: Training rows kept.
+        seed: Of the sample.
+
+    Raises:
+        ValueError: Fewer than two training rows, or a feature that is not finite.
+    """
+    unit = _unit(train)
+    if len(unit) < 2:
+        raise ValueError(f"a distance to training pictures needs two of them, got {len(unit)}")
+    kept = np.random.default_rng(seed).permutation(len(unit))[:memory]
+    rows = unit[np.sort(kept)].astype(np.float16)
+    known = rows.astype(np.float32)
+    if held_out is None or len(np.asarray(held_out)) == 0:
+        distances = _distances(known, known, skip_self=True)
+    else:
+        distances = _distances(_unit(held_out), known)
+    rank = min(ceil(ORDINARY * (len(distances) + 1)), len(distances))
+    limit = float(np.sort(distances)[rank - 1])
+    ordinary = np.quantile(distances, np.linspace(0, 1, 201)).astype(np.float32)
+    return Foreign(rows, ordinary, limit)
 
 
 def accepted(probs: ArrayLike, labels: ArrayLike, threshold: float) -> Accepted:
@@ -128,6 +225,28 @@ def abstain(
     validation = accepted(p, y, threshold)
     words = _promise(validation, max_error, level, least, promised)
     return Abstain(threshold, max_error, level, promised, validation, words)
+
+
+def _unit(features: ArrayLike) -> Rows:
+    """[N, D] features scaled to length 1; a row of zeros stays zero."""
+    rows = np.asarray(features, dtype=np.float32)
+    if rows.ndim != 2 or not np.isfinite(rows).all():
+        raise ValueError(f"features must be finite and [N, D], got shape {rows.shape}")
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.asarray(rows / np.where(lengths > 0, lengths, 1), np.float32)
+
+
+def _distances(unit: Rows, known: Rows, *, skip_self: bool = False) -> Rows:
+    """[N] 1 - mean cosine to the nearest known rows, some pictures at a time."""
+    k = min(NEAREST, len(known) - skip_self)
+    out = np.empty(len(unit), np.float32)
+    for start in range(0, len(unit), BLOCK):
+        cosines = unit[start : start + BLOCK] @ known.T  # [b, M]
+        if skip_self:
+            cosines[np.arange(len(cosines)), start + np.arange(len(cosines))] = -np.inf
+        nearest = np.partition(cosines, -k, axis=1)[:, -k:]
+        out[start : start + BLOCK] = 1 - nearest.mean(axis=1)
+    return out
 
 
 def _promised_count(
