@@ -157,33 +157,27 @@ def staged_file(final: Path) -> Iterator[Path]:
     """
     make_dir(final.parent)
     temp = _temp(final, ".tmp" + final.suffix)
-    try:
+    with _discarding(temp):
         with _explained(final, only_full=True):
             yield temp
         with _explained(final):
-            _sync(temp)
+            _sync_file(temp)
             CALLS.replace(temp, final)
-            _sync(final.parent)
-    except BaseException:
-        _discard(temp)
-        raise
+            _sync_folder(final.parent)
 
 
 def _replace(path: Path, chunks: "Iterable[bytes | memoryview]", size: int) -> None:
     make_dir(path.parent)
     temp = _temp(path)
-    try:
-        with _explained(path, size):
-            with CALLS.open(temp, "xb", buffering=0) as file:
-                _hold(file.fileno())
-                for chunk in chunks:
-                    _write(file, chunk)
+    with _explained(path, size), _discarding(temp):
+        with CALLS.open(temp, "xb", buffering=0) as file:
+            _hold(file.fileno())
+            for chunk in chunks:
+                _write(file, chunk)
+            if not _is_staged(path):
                 CALLS.fsync(file.fileno())
-            CALLS.replace(temp, path)
-            _sync(path.parent)
-    except BaseException:
-        _discard(temp)
-        raise
+        CALLS.replace(temp, path)
+        _sync_folder(path.parent)
 
 
 def _write(file: IO[bytes], data: "bytes | memoryview") -> None:
@@ -192,22 +186,45 @@ def _write(file: IO[bytes], data: "bytes | memoryview") -> None:
         left = left[CALLS.write(file.fileno(), left[:CHUNK]) :]
 
 
-def _sync(path: Path) -> None:
+def _sync_file(path: Path) -> None:
+    with CALLS.open(path, "r+b", buffering=0) as file:  # Windows forces only what is open to write
+        CALLS.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    if not _is_staged(path / "x"):  # that is forced to the disk once, when it is sealed
+        _force_folder(path)
+
+
+def _force_folder(path: Path) -> None:
     if os.name == "nt":
-        return  # no fsync through a read-only handle, none at all for folders
+        return  # has no such call
     handle = os.open(path, os.O_RDONLY)
     try:
         CALLS.fsync(handle)
     except OSError as error:
-        if error.errno not in {errno.EINVAL, errno.EOPNOTSUPP}:  # file systems without folder fsync
+        if error.errno not in {errno.EINVAL, errno.EOPNOTSUPP}:  # file systems without it
             raise
     finally:
         os.close(handle)
 
 
+def _is_staged(path: Path) -> bool:
+    return any(TEMP.fullmatch(parent.name) for parent in path.parents)
+
+
 def _temp(path: Path, kind: str = ".tmp") -> Path:
     # The name is cut, so that a target of 255 bytes still has a temporary neighbour.
     return path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}{kind}")
+
+
+@contextmanager
+def _discarding(temp: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        _discard(temp)
+        raise
 
 
 def _discard(path: Path) -> None:
@@ -235,7 +252,7 @@ def append_line(path: Path, record: Mapping[str, object]) -> None:
                 _write(file, data)
                 CALLS.fsync(file.fileno())
             if fresh:
-                _sync(path.parent)
+                _sync_folder(path.parent)
         except BaseException:
             with suppress(OSError):
                 CALLS.unlink(path) if fresh else CALLS.truncate(path, size)
@@ -293,7 +310,7 @@ def appending(path: Path) -> Iterator[Callable[[bytes], None]]:
         yield add
         with _explained(path):
             CALLS.fsync(file.fileno())
-            _sync(path.parent)
+            _sync_folder(path.parent)
 
 
 def open_log(path: Path) -> logging.Handler:
@@ -347,19 +364,15 @@ def staged_dir(final: Path) -> Iterator[Path]:
     """
     make_dir(final.parent)
     temp = _temp(final)
-    with ExitStack() as stack:
-        try:
-            with _explained(final):
-                CALLS.mkdir(temp)
-                stack.callback(_hold_folder(temp))
-            with _explained(final, only_full=True):
-                yield temp
-            with _explained(final):
-                _seal(temp)
-                _install(temp, final)
-        except BaseException:
-            _discard(temp)
-            raise
+    with ExitStack() as stack, _discarding(temp):
+        with _explained(final):
+            CALLS.mkdir(temp)
+            stack.callback(_hold_folder(temp))
+        with _explained(final, only_full=True):
+            yield temp
+        with _explained(final):
+            _seal(temp)
+            _install(temp, final)
 
 
 def verify_dir(path: Path) -> tuple[str, ...]:
@@ -425,11 +438,12 @@ def _seal(folder: Path) -> None:
     listed = {}
     for name in _files(folder):
         path = folder / name
-        _sync(path)
+        _sync_file(path)
         listed[name] = {"size": path.stat().st_size, "sha256": sha256_file(path)}
     write_bytes(folder / MANIFEST, _manifest(listed).encode())
+    _sync_file(folder / MANIFEST)
     for root, _, _ in os.walk(folder, topdown=False):
-        _sync(Path(root))
+        _force_folder(Path(root))
 
 
 def _manifest(listed: object) -> str:
@@ -463,7 +477,7 @@ def _compare(folder: Path, name: str, listed: Mapping[str, Any]) -> str | None:
 def _install(temp: Path, final: Path) -> None:
     if not os.path.lexists(final):
         CALLS.replace(temp, final)
-        _sync(final.parent)
+        _sync_folder(final.parent)
         return
     old = temp
     try:
@@ -472,7 +486,7 @@ def _install(temp: Path, final: Path) -> None:
         if error.errno not in UNABLE:
             raise
         old = _swap_in_two_steps(temp, final)
-    _sync(final.parent)
+    _sync_folder(final.parent)
     _discard(old)
 
 
@@ -507,7 +521,7 @@ def make_dir(path: Path) -> None:
         except FileExistsError:
             if not path.is_dir():  # else another process was faster
                 raise
-        _sync(path.parent)
+        _sync_folder(path.parent)
 
 
 def remove(path: Path) -> None:
@@ -525,16 +539,16 @@ def remove(path: Path) -> None:
             _delete(temp)
         else:
             CALLS.unlink(path)
-        _sync(path.parent)
+        _sync_folder(path.parent)
 
 
 def move(source: Path, target: Path) -> None:
     """Renames a finished file over another, both forced to the disk."""
     make_dir(target.parent)
     with _explained(target):
-        _sync(source)
+        _sync_file(source)
         CALLS.replace(source, target)
-        _sync(target.parent)
+        _sync_folder(target.parent)
 
 
 def move_aside(path: Path) -> Path:
@@ -544,7 +558,7 @@ def move_aside(path: Path) -> Path:
         number += 1
     with _explained(path):
         CALLS.replace(path, aside)
-        _sync(path.parent)
+        _sync_folder(path.parent)
     return aside
 
 
@@ -554,16 +568,15 @@ def link_latest(folder: Path, name: str = "latest") -> Path:
     temp = _temp(link)
     try:
         CALLS.symlink(folder.name, temp, target_is_directory=True)
-    except (OSError, NotImplementedError):  # Windows without the privilege; FAT
+    except OSError as error:
+        if error.errno not in UNABLE | {errno.EPERM}:  # Windows without the privilege; FAT
+            with _explained(link):
+                raise
         write_text(link, folder.name + "\n")
         return link
-    try:
-        with _explained(link):
-            CALLS.replace(temp, link)
-            _sync(link.parent)
-    except BaseException:
-        _discard(temp)
-        raise
+    with _explained(link), _discarding(temp):
+        CALLS.replace(temp, link)
+        _sync_folder(link.parent)
     return link
 
 
@@ -594,7 +607,7 @@ def _bury(path: Path) -> None:
         if not os.path.lexists(final):
             with _explained(final):
                 CALLS.replace(path, final)
-                _sync(final.parent)
+                _sync_folder(final.parent)
             return
     _discard(path)
 
@@ -787,7 +800,7 @@ def _explained(path: Path, need: int | None = None, *, only_full: bool = False) 
             raise
         raise MachineError.of(
             "env.write_failed",
-            path,
+            _shown(path),
             f"cannot be written: {error.strerror or error} ({_errno_name(error)})",
             "check the folder and your permissions there, or choose another output folder",
         ) from error
@@ -797,10 +810,16 @@ def _no_room(path: Path, need: int | None, name: str) -> VitftError:
     wanted = "" if need is None else f"need {_size(need)}, "
     return MachineError.of(
         "env.disk_full",
-        path,
+        _shown(path),
         f"{wanted}{_size(_free(path))} free ({name}); what was there before is unchanged",
         "make room or raise the quota, or choose an output folder on another disk",
     )
+
+
+def _shown(path: Path) -> Path:
+    """The path as it will be called when it is finished."""
+    parts = ((match["name"] if (match := TEMP.fullmatch(p)) else p) for p in path.parts)
+    return Path(*parts)
 
 
 def _free(path: Path) -> int:
