@@ -1,0 +1,156 @@
+"""Every file read once: bytes -> sha256, header, and whether all its pixels can be decoded.
+
+Decoding is what costs, so the verdict on good bytes is kept in the cache folder under their hash: a
+second scan reads and hashes only. The cache is never trusted without its checksum, and a refusal
+is never cached: it is cheap to find again, and the next library version may read the file.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple, dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import PIL
+from PIL import features
+
+from vitft import __version__, images, io
+from vitft.console import warn
+from vitft.errors import Fault, VitftError
+from vitft.images import BadImage, DecodeSpec, Header
+
+KEPT = 200_000  # verdicts in one cache file; about 110 bytes each
+MAGIC = b"vitft verdicts "
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is known about bytes that decode.
+
+    Attributes:
+        header: What the file says about itself.
+        peak: Largest stored value of a 16-bit picture, else None.
+        damage: What the format's library complained about while it decoded (deep check), or None.
+    """
+
+    header: Header
+    peak: int | None = None
+    damage: str | None = None
+
+
+@dataclass(frozen=True)
+class Content:
+    """One file as it was read.
+
+    Attributes:
+        path: As given.
+        sha256: 64 hex digits; empty where the file could not even be read.
+        verdict: None exactly where `fault` stands.
+        fault: Why this is no usable photograph.
+    """
+
+    path: str
+    sha256: str
+    verdict: Verdict | None
+    fault: Fault | None = None
+
+
+def examine(
+    root: Path, paths: Sequence[str], spec: DecodeSpec, *, deep: bool = False
+) -> Iterator[Content]:
+    """Reads, hashes and decodes files in threads (Pillow decodes outside the interpreter's lock).
+
+    Args:
+        root: Folder of the paths.
+        paths: Relative to it.
+        spec: How photographs are decoded; another spec has other verdicts.
+        deep: Also ask the format's library for what it silently repaired.
+
+    Yields:
+        One Content per path, in order.
+    """
+    memory = _Memory(spec, deep)
+    pool = ThreadPoolExecutor(_cores())
+    try:
+        yield from pool.map(lambda path: _examine(root, path, memory), paths)
+        memory.save()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _examine(root: Path, path: str, memory: "_Memory") -> Content:
+    try:
+        data = images.read_bytes(root / path)
+    except BadImage as error:
+        return Content(path, "", None, error.faults[0])
+    digest = sha256(data).hexdigest()
+    try:
+        return Content(path, digest, memory.verdict(digest, data, root / path))
+    except BadImage as error:
+        return Content(path, digest, None, error.faults[0])
+
+
+class _Memory:
+    """Verdicts by content hash: those of earlier scans, and the new ones of this."""
+
+    def __init__(self, spec: DecodeSpec, deep: bool) -> None:
+        self.spec = spec
+        self.deep = deep
+        libraries = [
+            f"{name} {features.version(name)}" for name in ("jpg", "zlib", "webp", "libtiff")
+        ]
+        key = (spec.key(), f"vitft {__version__}", f"Pillow {PIL.__version__}", *libraries, deep)
+        name = sha256(repr(key).encode()).hexdigest()[:16]
+        self.file = io.cache_dir() / "verdicts" / f"{name}.json"
+        self.known = load_verdicts(self.file)
+        self.met: dict[str, Verdict] = {}
+
+    def verdict(self, digest: str, data: bytes, place: Path) -> Verdict:
+        found = self.known.get(digest)
+        if found is None:
+            found = _judge(data, place, self.spec, self.deep)
+        self.met[digest] = found
+        return found
+
+    def save(self) -> None:
+        if self.met.keys() <= self.known.keys():
+            return
+        known = {**load_verdicts(self.file), **self.met}  # another scan may have written meanwhile
+        try:
+            io.write_bytes(self.file, dump_verdicts(known if len(known) <= KEPT else self.met))
+        except (VitftError, OSError) as error:  # a scan must not fail for want of a cache
+            warn(f"the next scan will decode everything again: {error}")
+
+
+def _judge(data: bytes, place: Path, spec: DecodeSpec, deep: bool) -> Verdict:
+    header = images.inspect(data, place, spec)
+    images.decode(data, place, spec)
+    peak = images.peak(data, place, spec) if header.bits == 16 else None
+    return Verdict(header, peak, images.deep_warnings(data) if deep else None)
+
+
+def dump_verdicts(verdicts: dict[str, Verdict]) -> bytes:
+    """The cache file: one line with the checksum, then JSON."""
+    rows = {k: [list(astuple(v.header)), v.peak, v.damage] for k, v in verdicts.items()}
+    body = json.dumps(rows, separators=(",", ":"), sort_keys=True).encode()
+    return MAGIC + sha256(body).hexdigest().encode() + b"\n" + body
+
+
+def load_verdicts(file: Path) -> dict[str, Verdict]:
+    """The verdicts of a cache file; none where it is missing, cut, altered or of another form."""
+    try:
+        head, _, body = file.read_bytes().partition(b"\n")
+        if head != MAGIC + sha256(body).hexdigest().encode():
+            return {}
+        rows = json.loads(body).items()
+        return {k: Verdict(Header(*header), peak, damage) for k, (header, peak, damage) in rows}
+    except (OSError, ValueError, TypeError):
+        return {}
