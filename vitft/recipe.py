@@ -73,7 +73,7 @@ OURS = {  # keywords of timm.create_model that vitft sets -> where a recipe says
     "drop_path_rate": "model.drop_path_rate",
     "global_pool": "model.global_pool",
 }
-LOOKED_UP = 50  # unknown keys that get a suggestion; a recipe with more is not one
+LOOKED_UP = 50  # faults that get a remedy of their own; a file with more is no recipe
 ELSEWHERE = {  # what other trainers call our keys and values
     "learning_rate": "train.lr",
     "optimizer": "train.opt",
@@ -170,6 +170,7 @@ class _Draft:
     data: dict[str, Any]
     spots: dict[KeyPath, _Spot] = field(default_factory=dict)
     faults: list[tuple[tuple[int, int, int], Fault]] = field(default_factory=list)
+    overrides: int = 0
 
     def blame(self, key: KeyPath, id: str, text: str, fix: str) -> None:
         """Adds a fault at the nearest spot known."""
@@ -181,7 +182,8 @@ class _Draft:
         """Sets one `a.b=c`."""
         name, equals, raw = override.partition("=")
         key = tuple(name.strip().split("."))
-        order = (1, len(self.spots), 0)
+        self.overrides += 1
+        order = (1, self.overrides, 0)
         place = f"command line: {name.strip() or override}"
         if not equals or not all(key):
             fix = "write key=value, such as train.lr=1e-4"
@@ -380,23 +382,25 @@ def _validated(draft: _Draft) -> Recipe:
 def _known_part(loc: KeyPath, data: object) -> KeyPath:
     """The part of a validator's location that the recipe really has (it adds type names)."""
     for n, part in enumerate(loc):
-        items = dict(enumerate(data)) if isinstance(data, list) else data
-        if not isinstance(items, dict) or part not in items:
+        inside = isinstance(data, dict) and part in data
+        inside |= isinstance(data, list) and isinstance(part, int) and part < len(data)
+        if not inside:
             return loc[:n]
-        data = items[part]
+        data = data[part]  # type: ignore[index]
     return loc
 
 
 def _blame(draft: _Draft, key: KeyPath, kinds: set[str]) -> None:
     """One fault for one key, whatever the validator said about it."""
+    few = len(draft.faults) < LOOKED_UP
     if "extra_forbidden" in kinds:
-        few = len(draft.faults) < LOOKED_UP
         fix = _suggest_key(key) if few else "remove it"
         return draft.blame(key, "unknown_key", "unknown key", fix)
     spot = next(draft.spots[key[:n]] for n in range(len(key), 0, -1) if key[:n] in draft.spots)
     allowed, default = _rule_at(key)
+    fix = _remedy(spot, allowed, default) if few else "correct the value"
     text = f"must be {allowed}, got {spot.raw or 'nothing'}"
-    draft.blame(key, _fault_id(kinds), text, _remedy(spot, allowed, default))
+    draft.blame(key, _fault_id(kinds), text, fix)
 
 
 def _fault_id(kinds: set[str]) -> str:
