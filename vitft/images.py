@@ -12,18 +12,14 @@ formats outside the allow-list, raise its own bomb errors before the size is kno
 two-picture JPEGs (MPO) into another format.
 """
 
-import errno
 import io
 import json
 import math
-import os
 import re
-import stat
 import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from types import TracebackType
 
 import numpy as np
@@ -39,16 +35,20 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from vitft.errors import DataError, Fault, escape
+from vitft.errors import MachineError
+from vitft.raw import COPY_AGAIN, bad, kind_of, undecodable
+from vitft.raw import BadImage as BadImage
+from vitft.raw import read_bytes as read_bytes
 
-MAX_BYTES = 512 * 2**20  # of one file
 LARGE = 32_000_000  # pixels; a larger picture is reduced while it is converted, to bound memory
-REDUCED = 8_000_000  # pixels that a large picture keeps at most
-MAX_SCANS = 100  # of one progressive JPEG; encoders write about 10, attacks thousands
+REDUCED = 8_000_000  # pixels that a large picture keeps at most (a JPEG twice that)
+STRIP = 2**20  # pixels that are converted at a time
+MAX_SCANNED = 1_000_000_000  # pixels times scans of a progressive JPEG; encoders write 10 scans
+WEBP_COPIES = 4  # of all pixels that the WEBP plugin holds at once, where others hold one
+HARMLESS = re.compile(
+    "color conversion|subsampling type|JFIF revision|Adobe color transform|ICC marker|arithmetic"
+)  # what the deep check may meet in JPEGs whose pixels are whole
 TINY = 10  # pixels; a shorter side deserves a warning
-
-# Never wait for a pipe's writer; read bytes as they are. Each system has one of the two or both.
-OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 PLUGINS: dict[str, type[ImageFile.ImageFile]] = {
     "JPEG": JpegImagePlugin.JpegImageFile,
@@ -58,32 +58,6 @@ PLUGINS: dict[str, type[ImageFile.ImageFile]] = {
     "BMP": BmpImagePlugin.BmpImageFile,
     "TIFF": TiffImagePlugin.TiffImageFile,
 }
-FORMATS = tuple(PLUGINS)
-READS = "vitft reads " + ", ".join(FORMATS)
-COPY_AGAIN = "copy the file again, or set data.on_bad: skip"
-
-# What else people keep in image folders, by its first bytes: (pattern, name, help).
-FOREIGN: tuple[tuple[bytes, str, str], ...] = (
-    (rb"....ftyp(heic|heix|hevc|heim|heis|mif1|msf1)", "HEIC", "pillow-heif or ImageMagick"),
-    (rb"....ftyp(avif|avis)", "AVIF", "Pillow or ImageMagick"),
-    (rb"\xff\x0a|\x00\x00\x00\x0cJXL ", "JPEG XL", "djxl or ImageMagick"),
-    (rb"\x00\x00\x00\x0cjP  |\xff\x4f\xff\x51", "JPEG 2000", "ImageMagick"),
-    (rb"%!PS|\xc5\xd0\xd3\xc6|%PDF", "PostScript or PDF", "a PDF viewer's export"),
-    (rb"\xd7\xcd\xc6\x9a|\x01\x00\x00\x00.{36} EMF", "Windows metafile", "an office program"),
-    (rb"8BPS", "Photoshop", "Photoshop or GIMP"),
-    (rb"\x00\x00[\x01\x02]\x00", "Windows icon", "ImageMagick"),
-    (rb"P[1-7fF]\s", "Netpbm", "ImageMagick"),
-    (rb"....ftyp|\x1aE\xdf\xa3|RIFF....AVI ", "video", "ffmpeg, frame by frame"),
-)
-# Files that are no pictures at all: (pattern, what it looks like).
-STRANGERS: tuple[tuple[bytes, str], ...] = (
-    (rb"version https://git-lfs", "a git-lfs pointer: run `git lfs pull`"),
-    (rb"(?i)\s*<(!doctype html|html|head|body)", "a web page"),
-    (rb"\s*<svg|\s*<\?xml.{0,200}<svg", "an SVG drawing"),
-    (rb"\s*<\?xml|\s*<", "XML"),
-    (rb"\s*[\[{]", "JSON"),
-    (rb"PK\x03\x04|\x1f\x8b|Rar!|7z\xbc\xaf", "an archive"),
-)
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -93,10 +67,6 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-
-class BadImage(DataError):
-    """One file that cannot be used as a photograph; carries exactly one fault."""
 
 
 @dataclass(frozen=True)
@@ -153,30 +123,6 @@ class Header:
     bits: int
 
 
-def read_bytes(path: Path) -> bytes:
-    """All bytes of a regular file.
-
-    A pipe, socket or device is never read: the type is asked before opening, and again of the open
-    file, because the name may have changed hands in between (the open itself cannot block).
-
-    Raises:
-        BadImage: `data.missing`, `data.broken_link`, `data.permission`, `data.not_regular`,
-            `data.empty`, `data.too_large`, `data.unreadable`.
-    """
-    try:
-        _require_regular(path, path.stat())
-        handle = os.open(path, OPEN_FLAGS)
-        with io.FileIO(handle) as file:
-            status = os.fstat(handle)
-            _require_regular(path, status)
-            data = _read_all(file, status.st_size)
-    except OSError as error:
-        raise _unopenable(path, error) from None
-    if not data:
-        raise _bad("data.empty", path, "0 bytes", COPY_AGAIN)
-    return data
-
-
 def inspect(data: bytes, place: object, spec: DecodeSpec) -> Header:
     """Checks format, size and shape without decoding pixels.
 
@@ -199,8 +145,9 @@ def decode(
 ) -> Image.Image:
     """The picture as people see it: upright, opaque, 8 bits, RGB.
 
-    A picture above 32 million pixels comes back reduced by a whole factor to at most 8 million, so
-    that memory stays bounded by its one stored copy.
+    A picture above 32 million pixels comes back reduced by a whole factor to between 7 and 16
+    million, so that memory stays bounded by its one stored copy: under 300 MB for any file within
+    the default bounds.
 
     Args:
         data: The whole file.
@@ -220,11 +167,15 @@ def decode(
             if kind == "JPEG":
                 _draft(picture, short_side)
             picture.load()
-            return _upright(picture, _rgb_in_bounds(picture, place, spec))
+            # A TIFF was turned by Pillow on loading.
+            turn = None if kind == "TIFF" else TURNS.get(_orientation(picture))
+            rgb = _rgb_in_bounds(picture, place, spec)
+            del picture  # its pixels go before the turned copy comes
+            return rgb if turn is None else rgb.transpose(turn)
         except BadImage:
             raise
         except Exception as error:  # a damaged file may raise anything from inside Pillow
-            raise _undecodable(kind, data, place, error) from None
+            raise undecodable(kind, data, place, error) from None
 
 
 def peak(data: bytes, place: object, spec: DecodeSpec) -> int | None:
@@ -243,7 +194,30 @@ def peak(data: bytes, place: object, spec: DecodeSpec) -> int | None:
         try:
             return int(max(_pixels(strip).max() for strip in _strips(picture, 1)))
         except Exception as error:
-            raise _undecodable(kind, data, place, error) from None
+            raise undecodable(kind, data, place, error) from None
+
+
+def deep_warnings(data: bytes) -> str | None:
+    """What libjpeg silently repaired in a JPEG, None for a whole one and for all other formats.
+
+    Pillow hides these warnings. The check reads every coefficient but computes an eighth of the
+    picture only, so it costs less than a decode; the other formats carry checksums or nothing.
+
+    Raises:
+        MachineError: `env.package`: simplejpeg, which hands the warnings on, is not installed.
+    """
+    if not data.startswith(b"\xff\xd8\xff"):
+        return None
+    try:
+        from simplejpeg import decode_jpeg  # type: ignore[import-not-found, import-untyped, unused-ignore]
+    except ImportError:
+        text = "the deep check of JPEGs needs the package simplejpeg"
+        raise MachineError.of("env.package", "check", text, "pip install simplejpeg") from None
+    try:
+        decode_jpeg(data, min_factor=8, strict=True)
+    except ValueError as warning:
+        return None if HARMLESS.search(str(warning)) else str(warning)
+    return None
 
 
 # ---- opening ------------------------------------------------------------------------------------
@@ -291,64 +265,38 @@ _strict_pillow = _StrictPillow()
 
 def _open(data: bytes, place: object, spec: DecodeSpec) -> tuple[str, ImageFile.ImageFile]:
     """Format by content, plugin, and every check that the header allows."""
-    kind = _kind(data, place)
+    kind = kind_of(data, place)
     if kind == "WEBP":  # its plugin allocates the canvas at once, so the size is read before
-        _check_shape(*_webp_size(data), place, spec)
+        _check_shape(*_webp_size(data), place, spec, copies=WEBP_COPIES)
     try:
         picture = PLUGINS[kind](io.BytesIO(data))
     except Exception as error:
-        raise _undecodable(kind, data, place, error) from None
+        raise undecodable(kind, data, place, error) from None
     _check_shape(*picture.size, place, spec)
     if spec.frames == "error" and _frames(picture) > 1:
         fix = "keep one frame of it, or set data.frames: first"
-        raise _bad("data.frames", place, f"{kind} with more than 1 frame", fix)
+        raise bad("data.frames", place, f"{kind} with more than 1 frame", fix)
     if "progressive" in picture.info:
-        _check_scans(data, place)
+        _check_scans(data, picture.width * picture.height, place)
     return kind, picture
 
 
-def _kind(data: bytes, place: object) -> str:
-    """The format, by the first bytes."""
-    if data.startswith(b"\xff\xd8\xff"):
-        return "JPEG"
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "PNG"
-    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        return "WEBP"
-    if data.startswith((b"GIF87a", b"GIF89a")):
-        return "GIF"
-    if data.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
-        return "TIFF"
-    if data.startswith(b"BM") and len(data) >= 18:
-        return "BMP"
-    raise _foreign(data, place)
-
-
-def _foreign(data: bytes, place: object) -> BadImage:
-    """Says what the bytes are instead."""
-    if not data:
-        return _bad("data.empty", place, "0 bytes", COPY_AGAIN)
-    for pattern, name, tool in FOREIGN:
-        if re.match(pattern, data, re.DOTALL):
-            return _bad("data.format", place, f"{name} file; {READS}", f"convert it, with {tool}")
-    start = escape(data[:24].decode("latin-1"))
-    names = (name for pattern, name in STRANGERS if re.match(pattern, data[:512], re.DOTALL))
-    name = next(names, "damaged from its first byte")
-    text = f"{len(data):,} bytes that start with '{start}' ({name}?); {READS}"
-    return _bad("data.not_image", place, text, "replace or remove the file")
-
-
-def _check_shape(width: int, height: int, place: object, spec: DecodeSpec) -> None:
+def _check_shape(
+    width: int, height: int, place: object, spec: DecodeSpec, *, copies: int = 1
+) -> None:
+    """Bounds on pixels (each copy counted) and aspect."""
     pixels, long, short = width * height, max(width, height), min(width, height)
     size = f"{width}x{height}"
     if short < 1:
-        raise _bad("data.damaged", place, f"{size} pixels in its header", COPY_AGAIN)
-    if pixels > spec.max_pixels:
+        raise bad("data.damaged", place, f"{size} pixels in its header", COPY_AGAIN)
+    if pixels * copies > spec.max_pixels:
         text = f"{size} = {pixels / 1e6:,.0f} MP > max_pixels {spec.max_pixels / 1e6:,.0f} MP"
-        raise _bad("data.too_large", place, text, "make it smaller, or raise data.max_pixels")
+        if copies > 1:
+            text += f" / {copies}, as its decoder holds {copies} copies"
+        raise bad("data.too_large", place, text, "make it smaller, or raise data.max_pixels")
     if long > spec.max_aspect * short:
         text = f"{size} has aspect {long / short:,.0f} > max_aspect {spec.max_aspect:,.0f}"
-        raise _bad("data.too_long", place, text, "crop it, or raise data.max_aspect")
+        raise bad("data.too_long", place, text, "crop it, or raise data.max_aspect")
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:
@@ -366,12 +314,12 @@ def _webp_size(data: bytes) -> tuple[int, int]:
     return 1, 1
 
 
-def _check_scans(data: bytes, place: object) -> None:
+def _check_scans(data: bytes, pixels: int, place: object) -> None:
     """A progressive JPEG costs its full size once per scan, and a scan may take 10 bytes."""
     scans = len(re.findall(rb"\xff\xda\x00[\x08\x0a\x0c\x0e][\x01-\x04]", data))
-    if scans > MAX_SCANS:
-        text = f"progressive JPEG with {scans:,} scans > {MAX_SCANS}"
-        raise _bad("data.too_large", place, text, "save it again as a plain JPEG")
+    if scans * pixels > MAX_SCANNED:
+        text = f"{pixels / 1e6:,.1f} MP in {scans:,} scans > {MAX_SCANNED / 1e6:,.0f} MP to decode"
+        raise bad("data.too_large", place, text, "save it again as a plain JPEG")
 
 
 def _frames(picture: ImageFile.ImageFile) -> int:
@@ -413,25 +361,26 @@ def _factor(pixels: int) -> int:
 
 
 def _rgb_in_bounds(picture: Image.Image, place: object, spec: DecodeSpec) -> Image.Image:
-    """RGB of the whole picture; strip by strip with reduction where it is large."""
+    """RGB of the whole picture, strip by strip: only the result is held beside the source."""
     if picture.mode in ("I", "F"):
         _check_values(picture, place, spec)
     factor = _factor(picture.width * picture.height)
-    if factor == 1:
+    if factor == 1 and picture.width * picture.height <= STRIP:
         return _rgb(picture, spec)
     size = math.ceil(picture.width / factor), math.ceil(picture.height / factor)
     canvas = Image.new("RGB", size)
     top = 0
     for strip in _strips(picture, factor):
-        part = _rgb(strip, spec).reduce(factor)
+        part = _rgb(strip, spec)
+        part = part if factor == 1 else part.reduce(factor)
         canvas.paste(part, (0, top))
         top += part.height
     return canvas
 
 
 def _strips(picture: Image.Image, factor: int) -> Iterator[Image.Image]:
-    """Slices of about 1 million pixels, in whole multiples of `factor` rows (but the last)."""
-    rows = factor * max(1, 2**20 // (picture.width * factor))
+    """Slices of about `STRIP` pixels, in whole multiples of `factor` rows (but the last)."""
+    rows = factor * max(1, STRIP // (picture.width * factor))
     for top in range(0, picture.height, rows):
         yield picture.crop((0, top, picture.width, min(top + rows, picture.height)))
 
@@ -475,11 +424,11 @@ def _check_values(picture: Image.Image, place: object, spec: DecodeSpec) -> None
             low, high = min(low, float(finite.min())), max(high, float(finite.max()))
     if nonfinite:
         text = f"{nonfinite:,} of {picture.width * picture.height:,} pixels are NaN or infinite"
-        raise _bad("data.nonfinite", place, text, "fill these pixels before use")
+        raise bad("data.nonfinite", place, text, "fill these pixels before use")
     if spec.bit_range is None and (picture.mode == "I" or low < 0 or high > 1):
         kind = "float" if picture.mode == "F" else "32-bit integer"
         text = f"{kind} pixels in [{low:g}, {high:g}]; only floats in [0, 1] explain themselves"
-        raise _bad("data.bit_range", place, text, f"set data.bit_range: [{low:g}, {high:g}]")
+        raise bad("data.bit_range", place, text, f"set data.bit_range: [{low:g}, {high:g}]")
 
 
 def _to_srgb(picture: Image.Image) -> Image.Image:
@@ -505,89 +454,10 @@ def _orientation(picture: ImageFile.ImageFile) -> int:
         return 1
     try:
         # The base class's method: PNG's own would decode the picture in search of late chunks.
-        value = Image.Image.getexif(picture).get(ExifTags.Base.Orientation, 1)
+        value = Image.Image.getexif(picture).get(ExifTags.Base.Orientation)
     except Exception:
         return 0
+    exif = picture.info.get("exif", b"").removeprefix(b"Exif\0\0")
+    if value is None:
+        return 1 if not exif or exif.startswith((b"II", b"MM")) else 0
     return value if value in range(1, 9) else 0
-
-
-def _upright(source: ImageFile.ImageFile, picture: Image.Image) -> Image.Image:
-    """Turned as EXIF asks (a TIFF was turned by Pillow on loading)."""
-    turn = None if source.format == "TIFF" else TURNS.get(_orientation(source))
-    return picture if turn is None else picture.transpose(turn)
-
-
-# ---- faults -------------------------------------------------------------------------------------
-
-
-def _bad(id: str, place: object, text: str, fix: str) -> BadImage:
-    return BadImage([Fault(id, str(place), text, fix)])
-
-
-def _undecodable(kind: str, data: bytes, place: object, error: Exception) -> BadImage:
-    """Pillow's complaint in our words; what it says is kept, where it says anything."""
-    said = str(error).strip() or type(error).__name__
-    if isinstance(error, Image.DecompressionBombError):
-        return _bad("data.too_large", place, f"{kind}: {said}", "make the picture smaller")
-    if isinstance(error, MemoryError):
-        return _bad("data.too_large", place, f"{kind} does not fit in memory", "make it smaller")
-    if left := re.search(r"\((\d+) bytes not processed\)", said):
-        text = f"{kind} stops early ({len(data):,} bytes, decoder left {left[1]} unread)"
-        return _bad("data.truncated", place, text, COPY_AGAIN)
-    if "truncated" in said.lower() or _ends_early(kind, data):
-        return _bad(
-            "data.truncated", place, f"{kind} stops early ({len(data):,} bytes)", COPY_AGAIN
-        )
-    return _bad("data.damaged", place, f"{kind} of {len(data):,} bytes: {said}", COPY_AGAIN)
-
-
-def _ends_early(kind: str, data: bytes) -> bool:
-    """Whether the file's own end mark or length is missing."""
-    if kind == "PNG":
-        return b"IEND" not in data[-64:]
-    if kind == "WEBP":
-        return len(data) < 8 + int.from_bytes(data[4:8], "little")
-    if kind == "BMP":
-        return len(data) < int.from_bytes(data[2:6], "little")
-    return kind == "JPEG" and b"\xff\xd9" not in data[-64:]
-
-
-def _require_regular(path: Path, status: os.stat_result) -> None:
-    if stat.S_ISREG(status.st_mode):
-        if status.st_size > MAX_BYTES:
-            text = f"{status.st_size:,} bytes > {MAX_BYTES:,}"
-            raise _bad("data.too_large", path, text, "make the picture smaller")
-        return
-    kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder"}
-    kind = kinds.get(stat.S_IFMT(status.st_mode), "a device")
-    raise _bad("data.not_regular", path, f"{kind}, not a regular file", "remove it from the folder")
-
-
-def _read_all(file: io.FileIO, size: int) -> bytes:
-    """Reads to the end; a file that grows while it is read stops at `MAX_BYTES`."""
-    parts = [file.read(size + 1)]
-    while parts[-1] and sum(map(len, parts)) <= MAX_BYTES:
-        parts.append(file.read(2**20))
-    return b"".join(part for part in parts if part)
-
-
-def _unopenable(path: Path, error: OSError) -> BadImage:
-    """The system's refusal in our words."""
-    if isinstance(error, PermissionError):
-        return _bad("data.permission", path, _permissions(path), "make it readable: chmod u+r")
-    if error.errno == errno.ELOOP:
-        return _bad("data.broken_link", path, "a link that leads to itself", "remove the link")
-    if isinstance(error, FileNotFoundError) and path.is_symlink():
-        text = f"broken link -> {path.readlink()}"
-        return _bad("data.broken_link", path, text, "restore its target, or remove the link")
-    if isinstance(error, FileNotFoundError):
-        return _bad("data.missing", path, "no such file", "restore it, or scan the folder again")
-    return _bad("data.unreadable", path, f"the system says: {error.strerror}", COPY_AGAIN)
-
-
-def _permissions(path: Path) -> str:
-    try:
-        status = path.stat()
-    except OSError:
-        return "a folder above it may not be entered"
-    return f"not readable: owner uid {status.st_uid}, mode {stat.filemode(status.st_mode)}"
