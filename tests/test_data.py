@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import threading
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -288,6 +289,35 @@ def test_dark_pictures_of_16_bits_ask_for_a_bit_range(tiny_photos):
     says = "2 pictures of 16 bits reach only 1,001 of 65,535"
     warnings = scan(tiny_photos).ledger.warnings
     assert any(says in w and "data.bit_range: [0, 1023]" in w for w in warnings)
+
+
+@pytest.mark.timeout(30)
+def test_I34_a_file_that_takes_too_long_is_refused_and_the_rest_read(tiny_photos, monkeypatch):
+    for_ever = threading.Event()
+    decode = images.decode
+
+    def hanging(data, place, spec, **more):
+        if Path(place).name == "red_07.jpg":
+            for_ever.wait(60)
+        return decode(data, place, spec, **more)
+
+    monkeypatch.setattr(images, "decode", hanging)
+    ledger = data.scan(DataSpec(root=str(tiny_photos), max_bad=0.1), seed=0, seconds=0.5).ledger
+    for_ever.set()
+    assert [(r.path, r.id) for r in ledger.refused] == [("red/red_07.jpg", "data.slow")]
+    assert ledger.refused[0].text == "not read and decoded within 0.5 s"
+    assert ledger.used == 59
+
+
+def test_the_deep_check_names_files_that_decode_and_are_damaged(tiny_photos):
+    path = tiny_photos / "red/red_00.jpg"
+    path.write_bytes(path.read_bytes()[:-200] + b"\xff\xd9")
+    assert scan(tiny_photos).ledger.damaged == ()
+    ledger = scan(tiny_photos, deep=True).ledger
+    ((name, text),) = ledger.damaged
+    assert name == "red/red_00.jpg"
+    assert "JPEG" in text or "bytes" in text
+    assert any("1 files are damaged but decode" in w for w in ledger.warnings)
 
 
 # ---- corrections --------------------------------------------------------------------------------

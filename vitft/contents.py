@@ -8,7 +8,6 @@ is never cached: it is cheap to find again, and the next library version may rea
 import json
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -20,7 +19,9 @@ from vitft import __version__, images, io
 from vitft.console import warn
 from vitft.errors import Fault, VitftError
 from vitft.images import BadImage, DecodeSpec, Header
+from vitft.threads import timed_map
 
+PATIENCE = 60.0  # seconds for one file, on a busy machine and a slow disk
 KEPT = 200_000  # verdicts in one cache file; about 110 bytes each
 MAGIC = b"vitft verdicts "
 
@@ -58,7 +59,12 @@ class Content:
 
 
 def examine(
-    root: Path, paths: Sequence[str], spec: DecodeSpec, *, deep: bool = False
+    root: Path,
+    paths: Sequence[str],
+    spec: DecodeSpec,
+    *,
+    deep: bool = False,
+    seconds: float = PATIENCE,
 ) -> Iterator[Content]:
     """Reads, hashes and decodes files in threads (Pillow decodes outside the interpreter's lock).
 
@@ -67,17 +73,26 @@ def examine(
         paths: Relative to it.
         spec: How photographs are decoded; another spec has other verdicts.
         deep: Also ask the format's library for what it silently repaired.
+        seconds: Wall time that one file may take; beyond it stands `data.slow`.
 
     Yields:
         One Content per path, in order.
     """
     memory = _Memory(spec, deep)
-    pool = ThreadPoolExecutor(_cores())
-    try:
-        yield from pool.map(lambda path: _examine(root, path, memory), paths)
-        memory.save()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    yield from timed_map(
+        lambda path: _examine(root, path, memory),
+        paths,
+        threads=_cores(),
+        seconds=seconds,
+        late=lambda path: _late(root, path, seconds),
+    )
+    memory.save()
+
+
+def _late(root: Path, path: str, seconds: float) -> Content:
+    text = f"not read and decoded within {seconds:g} s"
+    fix = "save it again as a plain picture, remove it, or look at the disk"
+    return Content(path, "", None, Fault("data.slow", str(root / path), text, fix))
 
 
 def _cores() -> int:

@@ -27,7 +27,7 @@ from vitft.assign import (
     settle,
 )
 from vitft.console import track
-from vitft.contents import Content, examine
+from vitft.contents import PATIENCE, Content, examine
 from vitft.errors import DataError, Fault
 from vitft.folders import Listing
 from vitft.images import TINY, DecodeSpec
@@ -80,7 +80,14 @@ class Index:
         return self.root / self.paths[row]
 
 
-def scan(spec: DataSpec, *, seed: int, progress: Progress = track, deep: bool = False) -> Index:
+def scan(
+    spec: DataSpec,
+    *,
+    seed: int,
+    progress: Progress = track,
+    deep: bool = False,
+    seconds: float = PATIENCE,
+) -> Index:
     """Reads every photograph of a data set once and settles label and split of each.
 
     Args:
@@ -88,6 +95,7 @@ def scan(spec: DataSpec, *, seed: int, progress: Progress = track, deep: bool = 
         seed: Of the stratified split.
         progress: Shows how far the reading is.
         deep: Also look for silent damage (slower); found in `ledger.damaged`.
+        seconds: Wall time that one file may take before it is refused as `data.slow`.
 
     Raises:
         DataError: All faults of one step at once: those of the listing; `data.too_many_bad` with
@@ -100,7 +108,8 @@ def scan(spec: DataSpec, *, seed: int, progress: Progress = track, deep: bool = 
     check_fractions(spec)
     listing = list_photographs(spec)
     fixes = read_fixes(Path(spec.fixes), listing) if spec.fixes else NO_FIXES
-    reading = examine(listing.root, [e.path for e in listing.entries], decode_spec(spec), deep=deep)
+    paths = [e.path for e in listing.entries]
+    reading = examine(listing.root, paths, decode_spec(spec), deep=deep, seconds=seconds)
     contents = list(progress(reading, len(listing.entries), "scan"))
     refused = _refuse(spec, listing, contents)
     settled = settle(spec, listing, _photos(listing, contents), fixes, seed)
