@@ -98,8 +98,11 @@ def grow(folder: Path) -> None:
 
 
 def export(folder: Path) -> None:
-    with io.staged_file(folder / "m.onnx") as path:
-        path.write_bytes(b"graph")
+    with (
+        io.staged_file(folder / "m.onnx") as path,
+        io.CALLS.open(path, "xb", buffering=0) as file,
+    ):
+        io.CALLS.write(file.fileno(), b"graph")
 
 
 def hold(folder: Path) -> None:
@@ -278,6 +281,88 @@ def test_the_swap_in_two_steps_survives_every_failing_call_too(tmp_path, monkeyp
         if not fault.fired:
             return
     raise AssertionError("60 calls and no end")
+
+
+# --- power cut ---
+
+
+class Witness:
+    """Stands in for the door's calls and knows what a power cut would take back.
+
+    An inode is dirty from a write (or a change of a folder's entries) to its next fsync. A name
+    that is not a temporary must never come to point to something dirty.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.dirty: set[int] = set()
+        self.real = vars(io.CALLS).copy()
+        for name in self.real:
+            monkeypatch.setattr(io.CALLS, name, getattr(self, name))
+
+    def touch(self, path: Path) -> None:
+        self.dirty.add(path.stat().st_ino)
+
+    def open(self, path: Path, mode: str, **options: object) -> object:
+        fresh = not path.exists()
+        file = self.real["open"](path, mode, **options)
+        if fresh:
+            self.touch(path.parent)
+        return file
+
+    def write(self, handle: int, data: bytes) -> int:
+        self.dirty.add(os.fstat(handle).st_ino)
+        return self.real["write"](handle, data)
+
+    def fsync(self, handle: int) -> None:
+        self.real["fsync"](handle)
+        self.dirty.discard(os.fstat(handle).st_ino)
+
+    def replace(self, source: Path, target: Path) -> None:
+        if not any(io.TEMP.fullmatch(part) for part in target.parts):
+            assert self.inside(source) == [], "would show what is not on the disk yet"
+        self.real["replace"](source, target)
+        self.touch(target.parent)
+
+    def exchange(self, one: Path, other: Path) -> None:
+        assert self.inside(one) == [], "would show what is not on the disk yet"
+        self.real["exchange"](one, other)
+        self.touch(other.parent)
+
+    def mkdir(self, path: Path) -> None:
+        self.real["mkdir"](path)
+        self.touch(path)
+        self.touch(path.parent)
+
+    def symlink(self, target: str, path: Path, **options: object) -> None:
+        self.real["symlink"](target, path, **options)
+        self.touch(path.parent)
+
+    def truncate(self, path: Path, size: int) -> None:
+        self.real["truncate"](path, size)
+        self.touch(path)
+
+    def unlink(self, path: Path) -> None:
+        self.real["unlink"](path)
+        if not io.TEMP.fullmatch(path.name) and path.name != io.LOCK:
+            self.touch(path.parent)
+
+    def rmdir(self, path: Path) -> None:
+        self.real["rmdir"](path)
+
+    def inside(self, path: Path) -> list[Path]:
+        """The dirty things at and below a path, links and empty folders apart."""
+        every = [path, *path.rglob("*")]
+        held = [p for p in every if not p.is_symlink() and (p.is_file() or any(p.iterdir()))]
+        return [p for p in held if p.stat().st_ino in self.dirty]
+
+
+@pytest.mark.parametrize("scene", [name for name in SCENES if name not in {"lock", "trial"}])
+def test_what_is_shown_or_acknowledged_is_on_the_disk(tmp_path, monkeypatch, scene):
+    prepare, act = SCENES[scene]
+    prepare(tmp_path)
+    witness = Witness(monkeypatch)
+    act(tmp_path)
+    assert witness.inside(tmp_path) == []
 
 
 # --- no room ---
