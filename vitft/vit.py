@@ -10,6 +10,7 @@ Source: Dosovitskiy et al., An Image is Worth 16x16 Words, 2021 (arXiv 2010.1192
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from timm.models._features import feature_take_indices
 from timm.models._input import update_model_args, update_model_input_size
 from torch import Tensor, nn
 
+from vitft import console, weights
 from vitft.errors import RecipeError
 
 POOLS = ("", "token", "avg")
@@ -371,6 +373,9 @@ class VisionTransformer(nn.Module):
         RecipeError: An option has no such value, or patches do not tile the image.
     """
 
+    pretrained_cfg: dict[str, Any]  # these two are timm's, set once the model is built
+    _traits: dict[str, Any]
+
     def __init__(
         self,
         img_size: int | Sequence[int] = 224,
@@ -528,8 +533,8 @@ class VisionTransformer(nn.Module):
         """
         if self.training or self._is_watched(x):
             return self.forward_head(self.forward_features(x))
-        x = self.forward_class_token(x)  # [B, D]
-        return self.head(x)
+        x = self.head(self.forward_class_token(x))  # [B, D] -> [B, C]
+        return x
 
     def _is_watched(self, x: Tensor) -> bool:
         """Whether a hook on the last block, or torch.fx, wants what the short way leaves out."""
@@ -745,6 +750,15 @@ class VisionTransformer(nn.Module):
         """Parameters that are positions or tokens, not weights."""
         return {"pos_embed", "cls_token", "reg_token"}
 
+    def load_pretrained(self, checkpoint_path: str | Path, prefix: str = "") -> None:
+        """Fills the model from a file of any kind; timm calls it for .npz files."""
+        tensors = weights.read(Path(checkpoint_path))
+        inner = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        whole, match, _ = weights.complete(inner, self, place=checkpoint_path)
+        for name, why in match.dropped.items():
+            console.warn(f"weights: left out {name}: {why}")
+        self.load_state_dict(whole)
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes block activations in the backward pass instead of keeping them."""
         self.grad_checkpointing = enable
@@ -811,15 +825,56 @@ _SIZES: dict[str, dict[str, Any]] = {
 }
 
 
+def _read_file(pretrained: bool, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Reads an overlay's file through our own guard, which knows more kinds than timm's."""
+    overlay = kwargs.get("pretrained_cfg_overlay") or {}
+    if not pretrained or not overlay.get("file") or overlay.get("state_dict"):
+        return kwargs
+    tensors = weights.read(Path(overlay["file"]))
+    return kwargs | {"pretrained_cfg_overlay": overlay | {"state_dict": tensors}}
+
+
+def load_filter(state: dict[str, Any], model: VisionTransformer) -> dict[str, Tensor]:
+    """What timm calls between reading a checkpoint and loading it; here nothing is let through.
+
+    timm loads leniently when the number of classes differs. It is handed a whole state instead:
+    every backbone tensor from the file, the head from the file where it fits, else the fresh one.
+
+    Args:
+        state: As timm read it.
+        model: The model as built.
+
+    Raises:
+        WeightsError: A backbone tensor is missing, unexpected or misshapen.
+    """
+    place = model.pretrained_cfg.get("file") or "checkpoint"
+    whole, match, notes = weights.complete(state, model, place=place)
+    for note in notes:
+        console.say(f"weights: {note}")
+    for name, why in match.dropped.items():
+        console.warn(f"weights: left out {name}: {why}")
+    if "head.weight" in whole and "head.weight" not in match.new:
+        model.pretrained_cfg["num_classes"] = model.num_classes  # else timm drops the file's head
+    model._traits["first_conv"] = None  # channels are adapted already; timm would do it twice
+    return whole
+
+
 def _register(name: str) -> None:
     """Gives timm a function of that name, which is how timm knows models."""
 
     def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        features = {"out_indices": 3, "feature_cls": "getter"}
-        model: nn.Module = build_model_with_cfg(
-            VisionTransformer, name, pretrained, feature_cfg=features, **(_SIZES[name] | kwargs)
+        model: Any = build_model_with_cfg(
+            VisionTransformer,
+            name,
+            pretrained,
+            pretrained_filter_fn=load_filter,
+            feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+            **(_SIZES[name] | _read_file(pretrained, kwargs)),
         )
-        return model
+        model.pretrained_cfg["state_dict"] = None  # loaded; do not hold the memory
+        model._traits["first_conv"] = model.pretrained_cfg["first_conv"]
+        built: nn.Module = model
+        return built
 
     build.__name__ = build.__qualname__ = name
     globals()[name] = register_model(build)
