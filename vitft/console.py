@@ -11,6 +11,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+from vitft import io
+from vitft.errors import escape
+
 T = TypeVar("T")
 EVERY = 5.0  # seconds between progress lines where there is no terminal
 
@@ -68,7 +71,7 @@ def setup(level: int = logging.INFO, log_file: Path | None = None) -> None:
     if not any(isinstance(h, _Stderr) for h in logger.handlers):
         logger.addHandler(_Stderr())
     if log_file is not None:
-        handler = logging.FileHandler(log_file, encoding="utf-8", errors="backslashreplace")
+        handler = io.open_log(log_file)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(handler)
 
@@ -85,8 +88,6 @@ class _Stderr(logging.Handler):
     """Plain lines on stderr; a closed terminal ends the talk, not the run."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        from vitft.errors import escape
-
         mark = "" if record.levelno < logging.WARNING else "WARNING: "
         try:
             print(mark + escape(record.getMessage()), file=sys.stderr, flush=True)  # noqa: T201

@@ -6,7 +6,7 @@ between (kill, power cut, full disk), a reader meets the old one or the new one,
 
     files      write_bytes  write_text  write_json  write_csv  write_tensors  staged_file
     logs       append_line  read_lines  trim_lines  open_log   appending
-    folders    staged_dir  verify_dir  newest_whole  keep_newest  make_dir
+    folders    staged_dir  verify_dir  newest_whole  keep_newest  make_dir  scratch_dir
     names      remove  move  move_aside  link_latest  sweep
     machine    lock  require_space  require_writable  cache_dir
 
@@ -27,6 +27,7 @@ import secrets
 import shutil
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -373,6 +374,13 @@ def staged_dir(final: Path) -> Iterator[Path]:
         with _explained(final):
             _seal(temp)
             _install(temp, final)
+
+
+@contextmanager
+def scratch_dir() -> Iterator[Path]:
+    """A folder in the system's place for them, removed with all it holds in the end."""
+    with tempfile.TemporaryDirectory(prefix="vitft-") as name:
+        yield Path(name)
 
 
 def verify_dir(path: Path) -> tuple[str, ...]:

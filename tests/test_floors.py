@@ -1,0 +1,92 @@
+"""The house has floors: a room may use only rooms below it, wherever it imports them."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+VITFT = Path(__file__).resolve().parents[1] / "vitft"
+ROOMS = sorted(path.stem for path in VITFT.glob("*.py") if path.stem != "__init__")
+
+FLOORS = (
+    # words, numbers and plain values
+    "errors stats encode schema strict_yaml charts split suspects threads",
+    # files and what they hold
+    "io raw convert tensorfile inputs folders table ledger recipe pages doubt trust evaluate",
+    "console images weights checkpoint gallery sources",
+    # data, models and arrays
+    "fetch store contents assign loaders vit model train sections",
+    "probe audit explain export",
+    "data features product offline report compare",
+    # a whole run
+    "prepare",
+    "learn",
+    "writeup cli",
+    # doors
+    "run predict check verify",
+)
+LEVEL = {room: level for level, names in enumerate(FLOORS) for room in names.split()}
+
+
+def tree(room: str) -> ast.AST:
+    return ast.parse((VITFT / f"{room}.py").read_text("utf-8"))
+
+
+def imported(room: str) -> set[str]:
+    """The rooms that a room imports, at the top or inside a function."""
+    found: set[str] = set()
+    for node in ast.walk(tree(room)):
+        if isinstance(node, ast.ImportFrom) and node.module == "vitft":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vitft."):
+            found.add(str(node.module).split(".")[1])
+        elif isinstance(node, ast.Import):
+            names = [alias.name.split(".") for alias in node.names]
+            found |= {name[1] for name in names if name[0] == "vitft" and len(name) > 1}
+    return found & set(ROOMS)
+
+
+def packages(room: str) -> set[str]:
+    """The top-level names of everything a room imports."""
+    found: set[str] = set()
+    for node in ast.walk(tree(room)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(str(node.module).split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_room_stands_on_a_floor_and_imports_from_below(room):
+    assert room in LEVEL, f"give {room} a floor in {Path(__file__).name}"
+    upward = {other for other in imported(room) if LEVEL.get(other, -1) >= LEVEL[room]}
+    assert upward == set(), f"{room} stands on floor {LEVEL[room]}"
+
+
+def test_no_room_stands_on_two_floors():
+    names = " ".join(FLOORS).split()
+    assert sorted(names) == sorted(set(names))
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_only_export_knows_onnx(room):
+    assert room == "export" or not packages(room) & {"onnx", "onnxruntime", "onnxscript"}
+
+
+def test_the_front_hall_imports_one_room():
+    found = ast.parse((VITFT / "__init__.py").read_text("utf-8"))
+    lines = [ast.unparse(n) for n in ast.walk(found) if isinstance(n, ast.Import | ast.ImportFrom)]
+    assert lines == ["from vitft import vit as vit"]
+
+
+@pytest.mark.parametrize("room", ["recipe", "io", "errors", "table", "split"])
+def test_rooms_that_need_no_model_load_without_torch(room):
+    code = f"import standalone, sys, vitft.{room}; print({{'torch', 'timm'}} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True, text=True, check=True, cwd=Path(__file__).parent,
+    )  # fmt: skip
+    assert done.stdout == "set()\n"
