@@ -166,6 +166,28 @@ def pixels(spec: TransformSpec) -> Callable[[Image.Image], Tensor]:
     return transform
 
 
+def normalise(images: Tensor, transform: TransformSpec) -> Tensor:
+    """What the network eats, computed where the images are, in float32 and in timm's order.
+
+    Args:
+        images: uint8 [B, 3, S, S].
+        transform: Its mean and standard deviation are used.
+
+    Returns:
+        float32 [B, 3, S, S].
+    """
+    mean = _channels(transform.mean, images.device)
+    std = _channels(transform.std, images.device)
+    return images.to(torch.float32).sub_(mean).div_(std)
+
+
+@cache
+def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """[1, 3, 1, 1], in units of uint8; kept, since sending it anew would make CUDA wait."""
+    scaled = [value * 255 for value in values]
+    return torch.tensor(scaled, dtype=torch.float32, device=device).view(1, -1, 1, 1)
+
+
 # ---- randomness ---------------------------------------------------------------------------------
 
 

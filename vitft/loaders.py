@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,15 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from vitft import images
 from vitft.errors import DataError, Fault, MachineError, VitftError
 from vitft.images import DecodeSpec
-from vitft.inputs import InputConfig as InputConfig
-from vitft.inputs import TransformSpec as TransformSpec
-from vitft.inputs import augmented as augmented
-from vitft.inputs import derive_seed as derive_seed
-from vitft.inputs import erase, pixels, seeded
-from vitft.inputs import permutation as permutation
-from vitft.inputs import plain as plain
+from vitft.inputs import (
+    TransformSpec,
+    derive_seed,
+    erase,
+    normalise,
+    permutation,
+    pixels,
+    seeded,
+)
 
 POLL = 2  # seconds between looks at the workers while a batch is awaited
 TIMEOUT = 120.0  # seconds without a batch before the workers are given up
@@ -165,8 +168,8 @@ class Batches:
         seed: int,
         shuffle: bool,
         device: torch.device,
-        mean: tuple[float, ...] | None = None,
-        std: tuple[float, ...] | None = None,
+        mean: tuple[float, float, float] | None = None,
+        std: tuple[float, float, float] | None = None,
         workers: int | str = "auto",
         mixup: float = 0.0,
         cutmix: float = 0.0,
@@ -177,8 +180,7 @@ class Batches:
         self.photos, self.batch_size, self.seed = photos, batch_size, seed
         self.shuffle, self.device, self.drop_last = shuffle, device, drop_last
         spec = photos.transform
-        self.mean = _channels(spec.mean if mean is None else mean, device)
-        self.std = _channels(spec.std if std is None else std, device)
+        self.transform = replace(spec, mean=mean or spec.mean, std=std or spec.std)
         self.workers = worker_count(workers, device)
         self.timeout = timeout
         self._mixup = _mixup(mixup, cutmix, classes)
@@ -187,6 +189,7 @@ class Batches:
         self._busy.share_memory_()  # type: ignore[no-untyped-call]
         self._side = _side_stream(device)
         self._loader: DataLoader[Any] | None = None
+        self._iterator: Iterator[Any] = iter(())
         if not len(self):
             text = f"{len(photos)} images make no batch of {batch_size}"
             raise DataError.of("data.no_batches", "data.root", text, "lower train.batch_size")
@@ -219,8 +222,7 @@ class Batches:
         """
         order = self._order(epoch) if rows is None else np.asarray(rows, dtype=np.int64)
         self._steps.plan(epoch, order, self.batch_size, range(start, self._count(len(order))))
-        lookahead = self._ahead(self._host_batches())
-        for step, (x, y, which) in enumerate(lookahead, start):
+        for step, (x, y, which) in enumerate(self._ahead(self._host_batches()), start):
             yield self._finish(x, y, which, epoch, step)
 
     def names(self, rows: Tensor) -> list[str]:
@@ -229,6 +231,7 @@ class Batches:
 
     def close(self) -> None:
         """Ends the workers; the next epoch starts new ones."""
+        self._iterator = iter(())
         self._loader = None
 
     def _count(self, n: int) -> int:
@@ -242,18 +245,16 @@ class Batches:
 
     def _host_batches(self) -> Iterator[Batch]:
         """uint8 [B, 3, S, S], labels, rows, in host memory; errors of workers raised here."""
-        iterator = self._start()
-        while True:
-            item = self._next(iterator)
-            if item is None:
-                return
+        self._start()
+        while (item := self._next()) is not None:
             if isinstance(item, VitftError):
                 self.close()
                 raise item
             yield item
 
-    def _start(self) -> Iterator[Any]:
+    def _start(self) -> None:
         if self._loader is None:
+            self._busy.fill_(-1)
             self._loader = DataLoader(
                 _Tasks(self.photos, self._busy),
                 batch_sampler=self._steps,
@@ -266,23 +267,24 @@ class Batches:
                 generator=torch.Generator(),
             )
         with _quiet_sigchld():
-            return iter(self._loader)
+            self._iterator = iter(self._loader)
 
-    def _next(self, iterator: Iterator[Any]) -> Any:
+    def _next(self) -> Any:
         """The next item, None at the end; waits in short turns, and looks at the workers each."""
         started = time.monotonic()
         while True:
+            failure = None
             try:
-                return next(iterator, None)
+                return next(self._iterator, None)
             except RuntimeError as error:
                 waited = time.monotonic() - started
-                if "timed out" in str(error) and waited < self.timeout:
-                    continue
-                failure = self._failure(error, waited)
-                if failure is None:
-                    raise
-                self.close()
-                raise failure from None
+                if "timed out" not in str(error) or waited >= self.timeout:
+                    failure = self._failure(error, waited)
+                    if failure is None:
+                        raise
+            if failure is not None:
+                self.close()  # here, where torch's error and what hangs on it are gone
+                raise failure
 
     def _failure(self, error: RuntimeError, waited: float) -> MachineError | None:
         """torch's complaint about its workers, with the files they held in hand."""
@@ -319,12 +321,11 @@ class Batches:
 
     def _finish(self, x: Tensor, y: Tensor, rows: Tensor, epoch: int, step: int) -> Batch:
         """Normalises as timm does, erases, mixes."""
-        inputs = x.to(torch.float32).sub_(self.mean).div_(self.std)  # [B, 3, S, S]
-        if self.photos.transform.erase > 0:
+        inputs = normalise(x, self.transform)  # [B, 3, S, S]
+        share = self.transform.erase
+        if share > 0:
             for image, row in zip(inputs, rows.tolist(), strict=True):
-                erase(
-                    image, self.photos.transform.erase, self.photos.view_seed(epoch, row, "erase")
-                )
+                erase(image, share, self.photos.view_seed(epoch, row, "erase"))
         if self._mixup is None:
             return inputs, y, rows
         with seeded(derive_seed(self.seed, "mix", epoch, step)):
@@ -346,12 +347,6 @@ def _mix(mixup: Mixup, x: Tensor, y: Tensor) -> Tensor:
     if even:
         _, targets[:even] = mixup(x[:even], y[:even])
     return targets
-
-
-def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """[1, 3, 1, 1], in units of uint8 pixels."""
-    scaled = [value * 255 for value in values]
-    return torch.tensor(scaled, dtype=torch.float32, device=device).view(1, -1, 1, 1)
 
 
 def _side_stream(device: torch.device) -> torch.cuda.Stream | None:

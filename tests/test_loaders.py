@@ -1,0 +1,434 @@
+"""Batches are functions of seed, epoch and content; workers fail with the file they held."""
+
+import hashlib
+import multiprocessing
+import os
+import random
+import re
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data.loader import PrefetchLoader
+from timm.data.mixup import Mixup
+
+from vitft import loaders
+from vitft.errors import DataError, MachineError
+from vitft.images import DecodeSpec
+from vitft.inputs import InputConfig, augmented, derive_seed, permutation, plain, seeded
+from vitft.loaders import Batches, Photos, worker_count
+
+CPU = torch.device("cpu")
+CONFIG = InputConfig((16, 16), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bicubic", 0.9)
+STRONG = SimpleNamespace(augment="rand-m9-mstd0.5-inc1", reprob=0.5)
+N = 22
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """22 small photographs of random colours."""
+    root = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    paths = []
+    for i in range(N):
+        noise = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+        paths.append(root / f"{i:02d}.jpg")
+        noise.resize((60, 45), Image.Resampling.BICUBIC).save(paths[-1])
+    return paths
+
+
+def sums(files):
+    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+
+
+def photos(files, transform=None, kind=Photos, seed=3):
+    transform = augmented(CONFIG, STRONG) if transform is None else transform
+    labels = np.arange(len(files)) % 5
+    return kind(files, labels, sums(files), decode=DecodeSpec(), transform=transform, seed=seed)
+
+
+def batches(source, **options):
+    defaults = {"batch_size": 4, "seed": 3, "shuffle": True, "device": CPU, "workers": 0}
+    return Batches(source, **(defaults | options))
+
+
+MIXED = {"mixup": 0.8, "cutmix": 1.0, "classes": 5}
+
+
+def equal(a, b):
+    a, b = list(a), list(b)
+    same = (torch.equal(p, q) for x, y in zip(a, b, strict=True) for p, q in zip(x, y, strict=True))
+    return all(same)
+
+
+def by_row(loaded):
+    return {int(row): image for x, _, rows in loaded for image, row in zip(x, rows, strict=True)}
+
+
+@pytest.fixture
+def no_child_left():
+    """Every worker process is gone when the test is over."""
+    before = set(multiprocessing.active_children())
+    yield
+    deadline = time.monotonic() + 10
+    while set(multiprocessing.active_children()) - before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not set(multiprocessing.active_children()) - before
+
+
+# ---- content ------------------------------------------------------------------------------------
+
+
+def test_a_batch_is_images_labels_and_rows_in_the_epochs_order(files):
+    source = photos(files, plain(CONFIG))
+    loaded = list(batches(source).epoch(2))
+    order = permutation(N, 3, 2)
+    assert [len(y) for _, y, _ in loaded] == [4, 4, 4, 4, 4, 2]
+    assert torch.cat([rows for *_, rows in loaded]).tolist() == order.tolist()
+    assert torch.cat([y for _, y, _ in loaded]).tolist() == (order % 5).tolist()
+    for x, y, rows in loaded:
+        assert x.shape == (len(y), 3, 16, 16)
+        assert (x.dtype, y.dtype, rows.dtype) == (torch.float32, torch.int64, torch.int64)
+    in_order = list(batches(source, shuffle=False))
+    assert torch.cat([rows for *_, rows in in_order]).tolist() == list(range(N))
+
+
+def test_pixels_equal_timms_own_loader(files):
+    source = photos(files, plain(CONFIG))
+    host = [(torch.stack([source[0, i][0] for i in range(N)]), torch.zeros(N))]
+    ((want, _),) = list(PrefetchLoader(host, CONFIG.mean, CONFIG.std, device=CPU))
+    ((got, _, _),) = list(batches(source, batch_size=N, shuffle=False))
+    assert (got - want).abs().max() <= 1e-6
+
+
+def test_a_mean_of_ones_own_replaces_the_transforms(files):
+    source = photos(files, plain(CONFIG))
+    loaded = batches(source, shuffle=False, batch_size=1, mean=(0.0,) * 3, std=(1.0,) * 3)
+    x, _, _ = next(loaded.epoch(0))
+    assert torch.equal(x[0] * 255, source[0, 0][0].float())
+
+
+def test_only_the_rows_asked_for_are_loaded_and_look_as_ever(files):
+    loaded = batches(photos(files))
+    everything = by_row(loaded.epoch(1))
+    some = list(loaded.epoch(1, rows=np.asarray([7, 2, 9, 4, 11])))
+    assert torch.cat([rows for *_, rows in some]).tolist() == [7, 2, 9, 4, 11]
+    assert all(torch.equal(image, everything[row]) for row, image in by_row(some).items())
+    assert list(loaded.epoch(1, rows=np.zeros(0, np.int64))) == []
+
+
+def test_names_are_the_files_behind_rows(files):
+    assert batches(photos(files)).names(torch.tensor([3, 0])) == [str(files[3]), str(files[0])]
+
+
+# ---- determinism --------------------------------------------------------------------------------
+
+
+def test_X21_workers_0_1_and_2_give_the_same_batches(files, no_child_left):
+    want = [list(batches(photos(files), **MIXED).epoch(e)) for e in (0, 1)]
+    assert not equal(want[0], want[1])
+    for workers in (1, 2):
+        loaded = batches(photos(files), workers=workers, **MIXED)
+        assert equal(loaded.epoch(0), want[0])
+        assert equal(loaded.epoch(1), want[1])
+        loaded.close()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_any_first_step_gives_the_rest_of_the_epoch(files, workers, no_child_left):
+    want = list(batches(photos(files), **MIXED).epoch(1))
+    loaded = batches(photos(files), workers=workers, **MIXED)
+    for start in range(7):
+        assert equal(loaded.epoch(1, start=start), want[start:])
+    loaded.close()
+
+
+def test_nothing_before_the_first_step_is_decoded(files):
+    class Counting(Photos):
+        asked = 0
+
+        def __getitem__(self, key):
+            type(self).asked += 1
+            return super().__getitem__(key)
+
+    assert len(list(batches(photos(files, kind=Counting)).epoch(0, start=4))) == 2
+    assert Counting.asked == 6
+
+
+def test_the_batch_size_changes_no_image_not_even_an_erased_one(files):
+    want = by_row(batches(photos(files), batch_size=4).epoch(1))
+    for size in (1, 7, 22, 50):
+        got = by_row(batches(photos(files), batch_size=size).epoch(1))
+        assert all(torch.equal(got[row], want[row]) for row in range(N))
+
+
+def test_names_order_and_neighbours_change_no_image(files, tmp_path):
+    want = by_row(batches(photos(files)).epoch(1))
+    moved = [tmp_path / f"{i}-renamed.jpeg" for i in range(N)]
+    for old, new in zip(files, moved, strict=True):
+        new.write_bytes(old.read_bytes())
+    got = by_row(batches(photos(moved[::-1])).epoch(1))
+    assert all(torch.equal(got[N - 1 - row], want[row]) for row in range(N))
+
+
+def test_seed_and_epoch_change_every_view(files):
+    want = by_row(batches(photos(files)).epoch(1))
+    for other in (photos(files, seed=4), photos(files)):
+        epoch = 1 if other.seed == 4 else 2
+        got = by_row(batches(other).epoch(epoch))
+        assert sum(torch.equal(got[row], want[row]) for row in range(N)) == 0
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_callers_generators_neither_matter_nor_move(files, workers):
+    def run(disturb):
+        random.seed(0)
+        np.random.seed(0)
+        torch.manual_seed(0)
+        drawn, loaded = [], []
+        batcher = batches(photos(files), workers=workers, **MIXED)
+        for batch in batcher.epoch(0) if disturb else ():
+            loaded.append(batch)
+        batcher.close()
+        drawn += [random.random(), np.random.rand(), float(torch.rand(1))]
+        return drawn, loaded
+
+    assert run(True)[0] == run(False)[0]
+    noisy = []
+    for batch in batches(photos(files), workers=workers, **MIXED).epoch(0):
+        draw = random.random(), np.random.rand(), torch.rand(1)  # as dropout would
+        assert len(draw) == 3
+        noisy.append(batch)
+    assert equal(noisy, run(True)[1])
+
+
+def test_an_epoch_left_early_does_not_disturb_the_next(files, no_child_left):
+    want = list(batches(photos(files)).epoch(1))
+    for workers in (0, 2):
+        loaded = batches(photos(files), workers=workers)
+        next(loaded.epoch(0))
+        next(loaded.epoch(0, start=3))
+        assert equal(loaded.epoch(1), want)
+        loaded.close()
+
+
+# ---- mixing -------------------------------------------------------------------------------------
+
+
+def test_mixing_is_timms_with_the_seed_of_the_step(files):
+    source = photos(files, plain(CONFIG))
+    plain_batches = list(batches(source).epoch(1))
+    mixed = list(batches(source, **MIXED).epoch(1))
+    peer = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.0, num_classes=5)
+    for step, ((x, y, _), (got, targets, _)) in enumerate(zip(plain_batches, mixed, strict=True)):
+        with seeded(derive_seed(3, "mix", 1, step)):
+            want, want_targets = peer(x.clone(), y)
+        assert torch.equal(got, want)
+        assert torch.equal(targets, want_targets)
+
+
+@pytest.mark.parametrize("size", [1, 3, 5])
+def test_an_odd_batch_leaves_its_last_image_alone(files, size):
+    source = photos(files, plain(CONFIG))
+    for (x, y, _), (got, targets, _) in zip(
+        batches(source, batch_size=size), batches(source, batch_size=size, **MIXED), strict=True
+    ):
+        assert targets.shape == (len(y), 5)
+        assert torch.allclose(targets.sum(1), torch.ones(len(y)))
+        if len(y) % 2:
+            assert torch.equal(got[-1], x[-1])
+            assert targets[-1].tolist() == [float(k == int(y[-1])) for k in range(5)]
+
+
+# ---- sizes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "drop", "steps"), [(4, False, 6), (4, True, 5), (50, False, 1)])
+def test_the_length_is_the_number_of_batches(files, size, drop, steps):
+    loaded = batches(photos(files, plain(CONFIG)), batch_size=size, drop_last=drop)
+    assert len(loaded) == steps == len(list(loaded.epoch(0)))
+
+
+def test_no_batch_at_all_is_an_error_not_an_empty_epoch(files):
+    with pytest.raises(DataError, match=r"data.no_batches\].*22 images make no batch of 50"):
+        batches(photos(files), batch_size=50, drop_last=True)
+
+
+def test_auto_workers_leave_two_cores_to_the_model(monkeypatch):
+    for cores, cpu, cuda in ((1, 0, 1), (2, 0, 2), (4, 4, 4), (64, 8, 8)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, n=cores: set(range(n)))
+        assert worker_count("auto", CPU) == cpu
+        assert worker_count("auto", torch.device("cuda")) == cuda
+    assert worker_count(3, CPU) == 3
+
+
+# ---- failures -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_I27_a_file_that_changed_or_vanished_since_the_scan_is_named(
+    files, tmp_path, workers, no_child_left
+):
+    copies = [tmp_path / path.name for path in files]
+    for old, new in zip(files, copies, strict=True):
+        new.write_bytes(old.read_bytes())
+    source = photos(copies, plain(CONFIG))
+    healthy = list(batches(source).epoch(0))
+    copies[5].write_bytes(copies[6].read_bytes())
+    copies[9].unlink()
+    loaded = batches(source, workers=workers, batch_size=N)
+    with pytest.raises(DataError) as caught:
+        list(loaded.epoch(0))
+    assert {fault.id for fault in caught.value.faults} == {"data.changed", "data.missing"}
+    text = str(caught.value)
+    size = copies[5].stat().st_size
+    assert f"error[data.changed] {copies[5]}: changed since the scan ({size:,} bytes now)" in text
+    assert f"error[data.missing] {copies[9]}: no such file" in text
+    assert text.count("\nfix: ") == 2
+    for old, new in zip(files, copies, strict=True):
+        new.write_bytes(old.read_bytes())
+    assert equal(batches(source, workers=workers).epoch(0), healthy)  # repaired, it goes on
+
+
+class Failing(Photos):
+    """Does something else than loading when it comes to row 7."""
+
+    act = staticmethod(lambda: None)
+
+    def __getitem__(self, key):
+        if key[1] == 7:
+            self.act()
+        return super().__getitem__(key)
+
+
+def failing(files, act, **options):
+    kind = type("FailingNow", (Failing,), {"act": staticmethod(act)})
+    return batches(photos(files, plain(CONFIG), kind=kind), shuffle=False, **options)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_X10_an_exception_of_a_worker_names_the_file_and_shows_no_traceback(files, workers):
+    def act():
+        raise ZeroDivisionError("boom")
+
+    with pytest.raises(DataError) as caught:
+        list(failing(files, act, workers=workers).epoch(0))
+    assert (
+        f"data.transform] {files[7]}: cannot be made into an input: ZeroDivisionError: boom"
+        in str(caught.value)
+    )
+    assert "Traceback" not in str(caught.value)
+
+
+def test_X9_a_killed_worker_is_a_fault_of_the_machine_that_names_the_file(files, no_child_left):
+    def act():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    handler = signal.getsignal(signal.SIGCHLD)
+    loaded = failing(files, act, workers=2)
+    started = time.monotonic()
+    with pytest.raises(MachineError) as caught:
+        list(loaded.epoch(0))
+    assert time.monotonic() - started < 30
+    (fault,) = caught.value.faults
+    assert (fault.id, caught.value.exit_code) == ("env.worker_died", 5)
+    assert re.search(r"worker \(pid\(s\) \d+\) exited unexpectedly; the workers held ", fault.text)
+    assert str(files[7]) in fault.text
+    assert "MiB free" in fault.text
+    assert "train.workers: 0" in fault.fix
+    assert signal.getsignal(signal.SIGCHLD) == handler
+
+
+def test_X11_a_hanging_worker_is_given_up_with_the_file_it_reads(files, monkeypatch, no_child_left):
+    monkeypatch.setattr(loaders, "POLL", 0.2)
+    loaded = failing(files, lambda: time.sleep(600), workers=2, timeout=1.0)
+    with pytest.raises(MachineError) as caught:
+        list(loaded.epoch(0))
+    (fault,) = caught.value.faults
+    assert fault.id == "env.worker_hangs"
+    assert re.search(r"no batch for [1-9]\d* s; the loader's workers are reading ", fault.text)
+    assert str(files[7]) in fault.text
+
+
+def test_a_slow_worker_is_waited_for(files, monkeypatch, no_child_left):
+    monkeypatch.setattr(loaders, "POLL", 0.1)
+    loaded = failing(files, lambda: time.sleep(1.0), workers=1, timeout=20.0)
+    assert len(list(loaded.epoch(0))) == 6
+    loaded.close()
+
+
+def test_after_a_death_the_next_epoch_starts_new_workers(files, tmp_path, no_child_left):
+    once = tmp_path / "died"
+
+    def act():
+        if not once.exists():
+            once.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    loaded = failing(files, act, workers=1)
+    with pytest.raises(MachineError, match="env.worker_died"):
+        list(loaded.epoch(0))
+    want = batches(photos(files, plain(CONFIG)), shuffle=False)
+    assert equal(loaded.epoch(0), want.epoch(0))
+    loaded.close()
+
+
+def _start_and_end(files, way, pipe):
+    """A run of its own: starts workers, says who they are, and ends without closing anything."""
+    steps = batches(photos(files, plain(CONFIG)), batch_size=2, workers=2).epoch(0)
+    next(steps)
+    pipe.send([child.pid for child in multiprocessing.active_children()])
+    if way == "SIGKILL":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
+@pytest.mark.parametrize("way", ["SIGKILL", "exit"])
+def test_no_worker_outlives_its_run_however_it_ends(files, way):
+    fork = multiprocessing.get_context("fork")
+    receive, send = fork.Pipe(duplex=False)
+    run = fork.Process(target=_start_and_end, args=(files, way, send))
+    run.start()
+    pids = receive.recv()
+    run.join(30)
+    assert len(pids) == 2
+    deadline = time.monotonic() + 20  # torch's workers look for their parent every 5 s
+    while any(_alive(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(_alive(pid) for pid in pids)
+
+
+def _alive(pid):
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and ") Z" not in status.read_text()
+
+
+# ---- speed --------------------------------------------------------------------------------------
+
+
+def test_lending_a_seed_costs_little_beside_a_decode():
+    best = min(_lend() for _ in range(200))
+    assert best < 1.2e-4  # 5 % of the 2.4 ms of an ordinary photograph
+
+
+def _lend():
+    started = time.perf_counter()
+    with seeded(derive_seed(3, "view", 1, "a" * 64)):
+        return time.perf_counter() - started
+
+
+@pytest.mark.gpu
+def test_cuda_gives_the_batches_of_the_cpu(files):
+    want = list(batches(photos(files), **MIXED).epoch(1))
+    for workers in (0, 2):
+        loaded = batches(photos(files), workers=workers, device=torch.device("cuda"), **MIXED)
+        for (x, y, rows), (x0, y0, rows0) in zip(loaded.epoch(1), want, strict=True):
+            assert (x.cpu() - x0).abs().max() <= 1e-6
+            assert torch.allclose(y.cpu(), y0)
+            assert torch.equal(rows.cpu(), rows0)
+        loaded.close()
