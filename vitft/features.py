@@ -1,0 +1,245 @@
+"""A frozen backbone -> features [V, N, D], each photograph and view computed once, ever.
+
+Rows come from the store where they are there; the rest go through the backbone in batches of one
+fixed shape (the last one padded), so that a row does not depend on which others were missing. The
+backbone is in eval mode; on CUDA it runs in bfloat16 and its rows are kept as float32.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from vitft.console import say, track
+from vitft.errors import VitftError
+from vitft.inputs import derive_seed, permutation
+from vitft.loaders import Batches, Photos
+from vitft.store import Key, Space, make_key
+
+FIXED_BATCH = 32  # the one shape of every forward whose result is compared: cache, run, predict
+FLUSH = 2.0  # seconds of work that a kill may lose
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of one split, rows in the split's order.
+
+    Attributes:
+        x: [V, N, D] float32, what the head reads.
+        y: [N] int64.
+        computed: Rows that went through the backbone now.
+        reused: Rows that were there already.
+        seconds: Time the call took.
+    """
+
+    x: NDArray[np.float32]
+    y: NDArray[np.int64]
+    computed: int
+    reused: int
+    seconds: float
+
+
+def extract(
+    net: nn.Module,
+    photos: Photos,
+    *,
+    views: int,
+    device: torch.device,
+    backbone_key: str,
+    dtype: str = "float32",
+    workers: int | str = "auto",
+    root: Path | None = None,
+) -> Features:
+    """Features of every photograph, from the store or computed and stored.
+
+    Args:
+        net: On `device`, with timm's `forward_features`, `forward_head`, `get_classifier`.
+        photos: V = 1: with the plain transform; V > 1: with an augmented one.
+        views: V; view v is a pure function of (seed, v, the photograph's content).
+        device: Where the backbone runs.
+        backbone_key: Changes with the backbone's weights, name and pooling.
+        dtype: As stored, `float32` or `float16`.
+        workers: Of the loader.
+        root: Of the store; default the user's cache.
+
+    Raises:
+        VitftError: `model.features`: the head on these features would not be the model.
+    """
+    started = time.monotonic()
+    space = Space(_about(photos, backbone_key, device), dtype, root)
+    missing = {v: _missing(space, photos, v) for v in range(views)}
+    total = sum(len(rows) for rows in missing.values())
+    if total:
+        with torch.inference_mode():
+            _fill(space, net, photos, missing, total, device, workers)
+        space.merge()
+    keys = [[make_key(s, v) for s in photos.sha256] for v in range(views)]
+    x = np.stack([np.stack([space.get(k) for k in row]) for row in keys])  # [V, N, D]
+    seconds = time.monotonic() - started
+    reused = views * len(photos) - total
+    say(f"features: {total:,} computed, {reused:,} reused, {seconds:.1f} s")
+    return Features(x, photos.labels, total, reused, seconds)
+
+
+def _about(photos: Photos, backbone_key: str, device: torch.device) -> dict[str, str | int]:
+    """Everything a row depends on besides the photograph and the number of its view."""
+    about: dict[str, str | int] = {
+        "backbone": backbone_key,
+        "transform": photos.transform.key(),
+        "decode": photos.decode.key(),
+        "precision": "bfloat16" if device.type == "cuda" else "float32",
+        "torch": torch.__version__,
+    }
+    if photos.transform.kind != "plain":
+        about["seed"] = photos.seed
+    return about
+
+
+def _missing(space: Space, photos: Photos, view: int) -> NDArray[np.int64]:
+    """One row of each photograph that has no features yet; equal files are computed once."""
+    first: dict[Key, int] = {}
+    for row, sha in enumerate(photos.sha256):
+        key = make_key(sha, view)
+        if key not in space:
+            first.setdefault(key, row)
+    return np.array(sorted(first.values()), dtype=np.int64)
+
+
+def _fill(
+    space: Space,
+    net: nn.Module,
+    photos: Photos,
+    missing: dict[int, NDArray[np.int64]],
+    total: int,
+    device: torch.device,
+    workers: int | str,
+) -> None:
+    batches = Batches(
+        photos,
+        batch_size=FIXED_BATCH,
+        seed=photos.seed,
+        shuffle=False,
+        device=device,
+        workers=workers,
+    )
+    net.eval()
+    backbone = checked_backbone(net)
+    waiting: dict[Key, NDArray[np.float32]] = {}
+    last = time.monotonic()
+    steps = (b for v, rows in missing.items() if len(rows) for b in _views(batches, v, rows))
+    for view, x, rows in track(steps, total, "features", size=lambda batch: len(batch[1])):
+        out = in_fixed_shape(backbone, x).float().cpu().numpy()
+        for row, values in zip(rows.tolist(), out, strict=True):
+            waiting[make_key(photos.sha256[row], view)] = values
+        if time.monotonic() - last >= FLUSH:
+            space.put(waiting)
+            waiting, last = {}, time.monotonic()
+    space.put(waiting)
+
+
+def _views(
+    batches: Batches, view: int, rows: NDArray[np.int64]
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    for x, _, which in batches.epoch(view, rows=rows):
+        yield view, x, which
+
+
+def checked_backbone(net: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Images -> what the head reads, [B, D]; proven on the first two images to be just that."""
+    short = getattr(net, "forward_class_token", None)
+    checked = False
+
+    def backbone(x: Tensor) -> Tensor:
+        nonlocal checked
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
+            if not checked:
+                _check(net, _read(net, short, x[:2]), x[:2])
+                checked = True
+            return _read(net, short, x)
+
+    return backbone
+
+
+def _read(net: Any, short: Callable[[Tensor], Tensor] | None, x: Tensor) -> Tensor:
+    if short is not None:
+        return short(x)
+    out: Tensor = net.forward_head(net.forward_features(x), pre_logits=True)
+    return out
+
+
+def _check(net: Any, rows: Tensor, x: Tensor) -> None:
+    """The head on the features must be the model, or a head trained on them is of no use."""
+    whole, parts = net(x).float(), net.get_classifier()(rows).float()
+    scale = float(whole.abs().max()) + 1e-6
+    gap = float((whole - parts).abs().max()) / scale
+    limit = 2e-2 if x.device.type == "cuda" else 1e-4  # bfloat16, float32
+    if not gap <= limit:
+        text = f"its head on its features is not the model (relative difference {gap:.1e})"
+        fix = "use mode: full, or another timm model"
+        raise VitftError.of("model.features", type(net).__name__, text, fix)
+
+
+def in_fixed_shape(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A forward over at most `FIXED_BATCH` rows, padded to that number."""
+    n = len(x)
+    if n < FIXED_BATCH:
+        x = torch.cat([x, x[:1].expand(FIXED_BATCH - n, *x.shape[1:])])
+    return forward(x)[:n]
+
+
+@torch.inference_mode()
+def head_logits(
+    head: nn.Module, x: NDArray[np.float32], device: torch.device
+) -> NDArray[np.float32]:
+    """A head over features [N, D] -> logits [N, C] float32, in batches of the fixed shape."""
+    head.eval()
+    parts = torch.split(torch.as_tensor(x), FIXED_BATCH)
+    out = [in_fixed_shape(lambda b: head(b).float(), part.to(device)).cpu() for part in parts]
+    return np.asarray(torch.cat(out).numpy())
+
+
+class Views:
+    """Cached features as batches for the training loop: each epoch draws one view per photograph.
+
+    Args:
+        cached: [V, N, D].
+        batch_size: Rows per batch.
+        seed: Order and views are pure functions of (seed, epoch).
+        device: Where the batches go; the whole table is kept there.
+        names: Rows -> files, for error texts.
+    """
+
+    def __init__(
+        self,
+        cached: Features,
+        *,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
+        names: Sequence[Path],
+    ) -> None:
+        self.x = torch.as_tensor(cached.x).to(device)  # [V, N, D]
+        self.y = torch.as_tensor(cached.y).to(device)
+        self.batch_size, self.seed, self.files = batch_size, seed, names
+
+    def __len__(self) -> int:
+        return -(-len(self.y) // self.batch_size)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The batches of one epoch from the `start`-th on: x [B, D], y [B], rows [B]."""
+        n, device = len(self.y), self.x.device
+        order = torch.as_tensor(permutation(n, self.seed, epoch), device=device)
+        rng = np.random.default_rng(derive_seed(self.seed, "view", epoch))
+        drawn = torch.as_tensor(rng.integers(len(self.x), size=n), device=device)
+        for rows in torch.split(order, self.batch_size)[start:]:
+            yield self.x[drawn[rows], rows], self.y[rows], rows
+
+    def names(self, rows: Tensor) -> list[str]:
+        """The files behind some rows."""
+        return [str(self.files[int(row)]) for row in rows]
