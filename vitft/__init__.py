@@ -3,6 +3,6 @@
 Importing it registers the `vitflower_*` Vision Transformers with timm, and does nothing else.
 """
 
-__version__ = "0.1.0"
+from vitft.vit import VisionTransformer as VisionTransformer
 
-from vitft import vit as vit  # noqa: E402  (registers the models; vit may want the version)
+__version__ = "0.1.0"

@@ -7,7 +7,7 @@ to stderr through the `vitft` logger: stdout carries results alone, a log file c
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -30,33 +30,49 @@ def warn(text: str) -> None:
     logger.warning("%s", text)
 
 
-def track(items: Iterable[T], total: int, what: str) -> Iterator[T]:
+def track(
+    items: Iterable[T], total: int, what: str, size: Callable[[T], int] = lambda item: 1
+) -> Iterator[T]:
     """Hands the items on and shows how far it is.
 
     Args:
         items: Anything; not consumed ahead.
-        total: How many will come.
+        total: How many will come, counted by `size`.
         what: Such as `features`, shown before the count.
+        size: What an item counts for, such as the length of a batch.
     """
     if sys.stderr.isatty() and total > 1:
-        yield from _bar(items, total, what)
+        yield from _bar(items, total, what, size)
     else:
-        yield from _lines(items, total, what)
+        yield from _lines(items, total, what, size)
 
 
-def _bar(items: Iterable[T], total: int, what: str) -> Iterator[T]:
+def _bar(items: Iterable[T], total: int, what: str, size: Callable[[T], int]) -> Iterator[T]:
     from rich.console import Console
-    from rich.progress import track as rich_track
-
-    yield from rich_track(
-        items, what, total=total, console=Console(stderr=True), transient=True, show_speed=True
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
     )
 
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(
+        *columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True
+    ) as bar:
+        task = bar.add_task(what, total=total)
+        for item in items:
+            yield item
+            bar.advance(task, size(item))
 
-def _lines(items: Iterable[T], total: int, what: str) -> Iterator[T]:
+
+def _lines(items: Iterable[T], total: int, what: str, size: Callable[[T], int]) -> Iterator[T]:
     start = last = time.monotonic()
-    for done, item in enumerate(items, 1):
+    done = 0
+    for item in items:
         yield item
+        done += size(item)
         now = time.monotonic()
         if now - last >= EVERY:
             last, rate = now, done / (now - start)

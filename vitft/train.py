@@ -10,13 +10,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
+from timm.optim._optim_factory import create_optimizer_v2
+from timm.scheduler.scheduler_factory import create_scheduler_v2
 from timm.task import ClassificationTask
-from timm.utils import dispatch_clip_grad
+from timm.utils.clip_grad import dispatch_clip_grad
 from torch import Tensor, nn
 
 from vitft.checkpoint import Snapshot, flatten_optimizer, restore_optimizer, under
@@ -283,9 +283,9 @@ class Trainer:
             "train_loss": float(s.loss_sum) / s.seen,
             "train_accuracy": None if self.soft else float(s.hits) / s.seen,
         }
-        candidates = {"plain": self.net}
+        candidates: dict[str, nn.Module] = {"plain": self.net}
         if self.task.has_ema():
-            candidates["ema"] = self.task.get_eval_model(ema=True).module
+            candidates["ema"] = self._average()
         scored = {name: self.validate(net) for name, net in candidates.items()}
         weights = min(scored, key=lambda name: _rank(*scored[name]))
         accuracy, loss = scored[weights]
@@ -303,6 +303,10 @@ class Trainer:
         s.best, s.since_best = record, 0
         trained = _trained(self.net)
         s.best_tensors = {k: v.clone() for k, v in net.state_dict().items() if k in trained}
+
+    def _average(self) -> nn.Module:
+        average: nn.Module = cast(Any, self.task.get_eval_model(ema=True)).module
+        return average
 
     def _patience_is_over(self) -> bool:
         patience = self.spec.patience
@@ -326,8 +330,8 @@ class Trainer:
         s, trained = self.state, _trained(self.net)
         tensors = {f"model/{k}": v for k, v in self.net.state_dict().items() if k in trained}
         if self.task.has_ema():
-            ema = self.task.get_eval_model(ema=True).module
-            tensors |= {f"ema/{k}": v for k, v in ema.state_dict().items() if k in trained}
+            average = self._average().state_dict()
+            tensors |= {f"ema/{k}": v for k, v in average.items() if k in trained}
         tensors |= flatten_optimizer(self.optimizer)
         tensors |= {f"best/{k}": v for k, v in s.best_tensors.items()}
         numbers = {
@@ -347,7 +351,7 @@ class Trainer:
         t, n, s = snapshot.tensors, snapshot.numbers, self.state
         self.net.load_state_dict(under("model", t), strict=False)
         if self.task.has_ema():
-            self.task.get_eval_model(ema=True).module.load_state_dict(under("ema", t), strict=False)
+            self._average().load_state_dict(under("ema", t), strict=False)
         restore_optimizer(self.optimizer, t)
         self.scaler.load_state_dict(n["scaler"])
         s.step, s.epoch, s.batch = snapshot.step, snapshot.epoch, snapshot.batch
@@ -404,7 +408,7 @@ def _scheduler(optimizer: torch.optim.Optimizer, spec: TrainSpec, updates: int) 
         sched=spec.sched,
         num_epochs=spec.epochs,
         min_lr=spec.lr * spec.min_lr_ratio,
-        warmup_epochs=spec.warmup_epochs,
+        warmup_epochs=cast(int, spec.warmup_epochs),  # fractions work: it counts updates
         warmup_lr=spec.lr * spec.min_lr_ratio,
         step_on_epochs=False,
         updates_per_epoch=updates,

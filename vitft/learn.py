@@ -1,0 +1,215 @@
+"""The three modes, each ending in the same thing: a model that was learned from train and val.
+
+    probe   features of the plain transform -> a solved linear head, its strength chosen on val
+    head    features of V augmented views   -> the training loop over the head alone
+    full    photographs                     -> the training loop over all, or the last K blocks
+
+What comes after (evaluation, report, export, prediction) never asks which one it was. The test
+photographs are not touched here.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from vitft import evaluate, features, model, train
+from vitft.checkpoint import Snapshot
+from vitft.console import say
+from vitft.errors import VitftError
+from vitft.evaluate import Predictions
+from vitft.features import Features
+from vitft.prepare import Prepared, batch_size, class_weight
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What was learned and how.
+
+    Attributes:
+        history: One record per epoch, or per strength tried.
+        best: The record that val chose.
+        features: Split -> plain features [1, N, D] where the mode computed them.
+        backbone_frozen: The backbone's hash was equal before and after; None in mode full.
+    """
+
+    history: tuple[dict[str, Any], ...]
+    best: dict[str, Any]
+    features: dict[str, Features]
+    backbone_frozen: bool | None
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """The run's side of training: where records and checkpoints go, and when to stop."""
+
+    on_record: Callable[[dict[str, Any]], None]
+    save: Callable[[Snapshot], None] | None
+    stop: Callable[[], int | None]
+    resume: Snapshot | None
+
+
+def learn(p: Prepared, hooks: Hooks) -> Learned:
+    """Trains or solves what the recipe's mode says; the result is in `p.net`.
+
+    Raises:
+        DivergedError: Loss or weights are not finite.
+        Stopped: A signal came; a checkpoint was saved.
+        VitftError: `train.not_frozen`: a frozen backbone changed (a bug of ours; never seen).
+    """
+    if p.recipe.mode == "full":
+        return _full(p, hooks)
+    model.freeze_backbone(p.net)
+    before = model.backbone_fingerprint(p.net)
+    learned = _probe(p, hooks) if p.recipe.mode == "probe" else _head(p, hooks)
+    if model.backbone_fingerprint(p.net) != before:
+        text = "the frozen backbone's sha256 changed during training"
+        raise VitftError.of("train.not_frozen", p.recipe.model.name, text, "report this as a bug")
+    return Learned(learned.history, learned.best, learned.features, True)
+
+
+def _probe(p: Prepared, hooks: Hooks) -> Learned:
+    from vitft import probe
+
+    spec, classes = p.recipe.probe, len(p.index.classes)
+    seen = {split: extract(p, split) for split in ("train", "val")}
+    x, y = seen["train"].x[0], seen["train"].y
+    x_val, y_val = seen["val"].x[0], seen["val"].y
+    solve = {"logistic": probe.logistic_path, "ridge": probe.ridge_path}[spec.kind]
+    solved = solve(
+        x,
+        y,
+        x_val,
+        y_val,
+        classes=classes,
+        strengths=spec.strengths,
+        tol=spec.tol,
+        max_iter=spec.max_iter,
+        refit=spec.refit,
+        device=p.device,
+    )
+    model.set_head(p.net, torch.as_tensor(solved.weight), torch.as_tensor(solved.bias))
+    history = tuple(dict(row) for row in solved.table)
+    for record in history:
+        hooks.on_record(record)
+    best = next(r for r in history if r["strength"] == solved.strength)
+    say(f"probe: strength {solved.strength:.3g}, val accuracy {100 * best['val_accuracy']:.1f} %")
+    return Learned(history, best, seen, None)
+
+
+def _head(p: Prepared, hooks: Hooks) -> Learned:
+    if p.recipe.head.views == "online":
+        result = _fit(p, p.net, p.batches(p.photos("train", augment=True), train=True), hooks)
+        return Learned(result.history, result.best, {}, None)
+    seen = {"val": extract(p, "val")}
+    views = int(p.recipe.head.views)
+    cached = extract(p, "train", views=views)
+    if views == 1:
+        seen["train"] = cached
+    rows = features.Views(
+        cached,
+        batch_size=batch_size(p.recipe.train, p.device),
+        seed=p.recipe.seed,
+        device=p.device,
+        names=p.photos("train").files,
+    )
+    _init_head(p, lambda: cached)
+    result = _fit(p, model.classifier(p.net), rows, hooks, val=seen["val"])
+    return Learned(result.history, result.best, seen, None)
+
+
+def _full(p: Prepared, hooks: Hooks) -> Learned:
+    spec = p.recipe.train
+    if spec.blocks is not None:
+        model.train_last_blocks(p.net, spec.blocks)
+    if spec.grad_checkpointing:
+        cast(Any, p.net).set_grad_checkpointing(True)
+    _init_head(p, lambda: extract(p, "train"))
+    batches = p.batches(p.photos("train", augment=True), train=True)
+    result = _fit(p, p.net, batches, hooks)
+    return Learned(result.history, result.best, {}, None)
+
+
+def _init_head(p: Prepared, train_features: Callable[[], Features]) -> None:
+    """`fresh` leaves timm's; `zero` clears it; `probe` starts from the linear probe (LP-FT)."""
+    head, kind = model.classifier(p.net), p.recipe.train.init_head
+    if kind == "zero":
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+    if kind == "probe":
+        from vitft import probe
+
+        train_rows, val = train_features(), extract(p, "val")
+        spec = p.recipe.probe
+        solved = probe.logistic_path(
+            train_rows.x[0],
+            train_rows.y,
+            val.x[0],
+            val.y,
+            classes=len(p.index.classes),
+            strengths=spec.strengths,
+            tol=spec.tol,
+            max_iter=spec.max_iter,
+            device=p.device,
+        )
+        model.set_head(p.net, torch.as_tensor(solved.weight), torch.as_tensor(solved.bias))
+
+
+def _fit(
+    p: Prepared,
+    net: nn.Module,
+    batches: train.Batches,
+    hooks: Hooks,
+    *,
+    val: Features | None = None,
+) -> train.Result:
+    spec = p.recipe.train
+    trainer = train.Trainer(
+        net,
+        batches,
+        spec,
+        seed=p.recipe.seed,
+        validate=_validation(p, val),
+        soft=net is p.net and bool(spec.mixup or spec.cutmix),
+        class_weight=class_weight(p),
+        on_record=hooks.on_record,
+        save=hooks.save,
+        stop=hooks.stop,
+    )
+    return trainer.fit(hooks.resume)
+
+
+def _validation(p: Prepared, val: Features | None) -> train.Validate:
+    """Accuracy and log loss on val: of a head on cached features, or of a whole model on images."""
+    photos = p.photos("val")
+
+    def validate(net: nn.Module) -> tuple[float, float]:
+        if val is not None:
+            predictions = head_predictions(net, val, p.device)
+        else:
+            autocast = p.device.type == "cuda"
+            predictions = evaluate.predict(net, p.batches(photos).epoch(0), autocast=autocast)
+        train.set_train_mode(net)
+        return evaluate.accuracy(predictions), evaluate.log_loss(predictions)
+
+    return validate
+
+
+def extract(p: Prepared, split: str, *, views: int = 1) -> Features:
+    """Features of a split through the frozen backbone, from the cache where they are there."""
+    return features.extract(
+        p.net,
+        p.photos(split, augment=views > 1),
+        views=views,
+        device=p.device,
+        backbone_key=f"{p.recipe.model.name} {model.backbone_fingerprint(p.net)}",
+        dtype=p.recipe.head.feature_dtype,
+        workers=p.recipe.train.workers,
+    )
+
+
+def head_predictions(head: nn.Module, rows: Features, device: torch.device) -> Predictions:
+    """A head over plain features, as prediction computes it."""
+    return Predictions(features.head_logits(head, rows.x[0], device), rows.y)

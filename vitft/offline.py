@@ -1,0 +1,113 @@
+"""What to run with when weights or data are not to be had: the recipe's visible fallback.
+
+Each part is settled on its own and within seconds. A user's own folder or weights file is never
+replaced: only names that need a network (`flower_photos`, a timm tag, `hf-hub:`) can fall back, and
+only to what the recipe's `offline:` block says. What was replaced is returned as warnings, for the
+console, the report and `metrics.json`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from vitft import fetch, model
+from vitft.errors import Fault, MachineError
+from vitft.recipe import Recipe
+
+SAMPLE = "sample:flowers"
+BUNDLED = Path(__file__).with_name("bundled")
+PATIENCE = 8.0  # seconds to decide whether a host answers
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A recipe that this machine can run, and what it had to give up for that.
+
+    Attributes:
+        recipe: With `model` and `data.root` replaced where they had to be.
+        warnings: One sentence per replacement.
+    """
+
+    recipe: Recipe
+    warnings: tuple[str, ...]
+
+
+def settle(recipe: Recipe, *, fallback: bool = True) -> Settled:
+    """Decides, part by part, between what the recipe wants and its offline block.
+
+    Args:
+        recipe: As loaded.
+        fallback: False (`--no-fallback`) makes a missing part an error.
+
+    Raises:
+        MachineError: `env.unreachable` for every part that is missing and may not be replaced,
+            naming the file to place and where.
+    """
+    faults: list[Fault] = []
+    warnings: list[str] = []
+    changes: dict[str, object] = {}
+    if not _weights_can_be_had(recipe):
+        instead = recipe.offline.model
+        if fallback and instead is not None:
+            changes["model"] = recipe.model.model_copy(update=instead.model_dump())
+            warnings.append(
+                f"OFFLINE FALLBACK: weights {recipe.model.weights} are neither cached nor "
+                f"reachable; "
+                f"using {instead.name} with weights {instead.weights} instead"
+            )
+        else:
+            faults.append(_missing_weights(recipe))
+    if not _data_can_be_had(recipe.data.root):
+        substitute = recipe.offline.data
+        if fallback and substitute is not None:
+            changes["data"] = recipe.data.model_copy(update=substitute.model_dump())
+            warnings.append(
+                f"OFFLINE FALLBACK: data {recipe.data.root} are neither cached nor reachable; "
+                f"using {substitute.root} instead. These numbers are about other photographs"
+            )
+        else:
+            faults.append(_missing_data(recipe))
+    if faults:
+        raise MachineError(faults)
+    return Settled(recipe.model_copy(update=changes), tuple(warnings))
+
+
+def data_root(root: str) -> Path:
+    """The folder or CSV file behind `data.root`, downloaded where it must be.
+
+    Raises:
+        MachineError: `env.unreachable`.
+    """
+    if root == SAMPLE:
+        return BUNDLED / "flowers"
+    if root in fetch.DATASETS:
+        return fetch.dataset(root)
+    return Path(root)
+
+
+def _weights_can_be_had(recipe: Recipe) -> bool:
+    return model.cached(recipe.model) or fetch.reachable(model.HUB, timeout=PATIENCE)
+
+
+def _data_can_be_had(root: str) -> bool:
+    if root not in fetch.DATASETS:
+        return True
+    return fetch.cached(root) is not None or fetch.reachable(fetch.host(root), timeout=PATIENCE)
+
+
+def _missing_weights(recipe: Recipe) -> Fault:
+    return Fault(
+        "env.unreachable",
+        recipe.place("model.weights"),
+        f"{recipe.model.weights} is neither in the hub's cache nor is {model.HUB} reachable",
+        f"download it elsewhere from https://{model.HUB}/{model.hub_repository(recipe.model)} and "
+        "set model.weights to the file, or add an offline.model block",
+    )
+
+
+def _missing_data(recipe: Recipe) -> Fault:
+    return Fault(
+        "env.unreachable",
+        recipe.place("data.root"),
+        f"{recipe.data.root} is neither in the cache nor reachable",
+        fetch.how_to_place(recipe.data.root) + ", or set data.root to a folder of your own",
+    )

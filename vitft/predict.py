@@ -1,0 +1,192 @@
+"""The second door: a model file and photographs in, names and probabilities out.
+
+    python -m vitft.predict MODEL IMAGE_OR_FOLDER... [--csv FILE] [--top K]
+
+It needs nothing but the model: class names, decoding rules, preprocessing and temperature are in
+the file's header. Every file named or listed gets one row; an unreadable one says why, and the exit
+code is then 3. Batches have the one shape that a run's own evaluation uses, so that the run's test
+photographs get the run's own probabilities.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from vitft import console, evaluate, images, io, product
+from vitft.console import say, track
+from vitft.errors import DataError, escape
+from vitft.features import FIXED_BATCH, in_fixed_shape
+from vitft.folders import EXTENSIONS
+from vitft.images import BadImage, DecodeSpec
+from vitft.inputs import TransformSpec, normalise, pixels
+from vitft.prepare import pick_device
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model says of one file.
+
+    Attributes:
+        path: As listed.
+        probabilities: [C] float64 summing to 1, or None where the file could not be read.
+        error: "" or the fault's id and text.
+    """
+
+    path: Path
+    probabilities: NDArray[np.float64] | None
+    error: str = ""
+
+
+class Predictor:
+    """A loaded model with its own preprocessing.
+
+    Args:
+        path: A run folder, its `model/` folder, or a `model.safetensors`.
+        device: As in a recipe.
+    """
+
+    def __init__(self, path: Path, device: str = "auto") -> None:
+        net, self.card = product.load(path)
+        self.device = pick_device(device)
+        self.net: nn.Module = net.to(self.device)
+        self.decode: DecodeSpec = product.decode_of(self.card)
+        self.transform: TransformSpec = product.transform_of(self.card)
+        self._pixels = pixels(self.transform)
+
+    def __call__(self, files: Sequence[Path]) -> Iterator[Answer]:
+        """One answer per file, in their order; memory does not grow with their number."""
+        workers = max(1, (os.cpu_count() or 1) - 1)
+        with ThreadPoolExecutor(workers) as pool:
+            for start in range(0, len(files), FIXED_BATCH):
+                chunk = files[start : start + FIXED_BATCH]
+                yield from self._answers(chunk, list(pool.map(self._read, chunk)))
+
+    def _read(self, path: Path) -> Tensor | BadImage:
+        try:
+            return self._pixels(images.decode(images.read_bytes(path), path, self.decode))
+        except BadImage as e:
+            return e
+
+    def _answers(self, files: Sequence[Path], read: list[Tensor | BadImage]) -> Iterator[Answer]:
+        good = [r for r in read if isinstance(r, Tensor)]
+        rows = iter(self._probabilities(torch.stack(good)) if good else ())
+        for path, r in zip(files, read, strict=True):
+            if isinstance(r, Tensor):
+                yield Answer(path, next(rows))
+            else:
+                yield Answer(path, None, f"{r.faults[0].id}: {r.faults[0].text}")
+
+    @torch.inference_mode()
+    def _probabilities(self, pictures: Tensor) -> NDArray[np.float64]:
+        """Uint8 [n, 3, S, S] -> [n, C], in the fixed batch."""
+        x = normalise(pictures.to(self.device), self.transform)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            logits = in_fixed_shape(self.net, x).float().cpu().numpy()
+        return evaluate.softmax(logits, self.card.temperature or 1.0)
+
+
+def list_files(inputs: Sequence[Path]) -> list[Path]:
+    """Files as given, folders searched for photographs, hidden files left out; sorted per folder.
+
+    Raises:
+        DataError: `data.root_missing` for each input that is not there, `data.unreadable_folder`.
+    """
+    missing = [p for p in inputs if not os.path.lexists(p)]
+    if missing:
+        raise DataError(
+            [
+                fault
+                for p in missing
+                for fault in DataError.of(
+                    "data.root_missing", p, "there is no such file or folder", "check the path"
+                ).faults
+            ]
+        )
+    out: list[Path] = []
+    for given in inputs:
+        out += _walk(given) if given.is_dir() else [given]
+    return out
+
+
+def _walk(folder: Path) -> list[Path]:
+    def refuse(error: OSError) -> None:
+        text = f"cannot be listed ({error.strerror})"
+        raise DataError.of("data.unreadable_folder", error.filename, text, "allow reading it")
+
+    found, other = [], 0
+    for top, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = sorted(d for d in folders if not d.startswith((".", "__MACOSX")))
+        for name in sorted(names):
+            if name.startswith(".") or not name.lower().endswith(EXTENSIONS):
+                other += 1
+            else:
+                found.append(Path(top) / name)
+    if other:
+        say(f"{folder}: {other:,} files are not photographs by name and were left out")
+    return found
+
+
+def top(answer: Answer, classes: Sequence[str], k: int) -> list[tuple[str, float]]:
+    """The k likeliest classes, the likeliest first; ties in the order of the classes."""
+    if answer.probabilities is None:
+        return []
+    order = np.argsort(-answer.probabilities, kind="stable")[:k]
+    return [(classes[i], float(answer.probabilities[i])) for i in order]
+
+
+def write_csv(file: Path, answers: Sequence[Answer], classes: Sequence[str]) -> None:
+    """Columns path, prediction, confidence, error and p:<class>; one row per file."""
+    header = ["path", "prediction", "confidence", "error", *(f"p:{c}" for c in classes)]
+
+    def row(a: Answer) -> list[object]:
+        if a.probabilities is None:
+            return [a.path, "", "", a.error, *[""] * len(classes)]
+        name, p = top(a, classes, 1)[0]
+        return [a.path, name, p, "", *a.probabilities.tolist()]
+
+    io.write_csv(file, header, map(row, answers))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of `python -m vitft.predict`."""
+    p = argparse.ArgumentParser(prog="vitft predict", description="Names what photographs show.")
+    p.add_argument("model", type=Path, metavar="MODEL", help="run folder or model.safetensors")
+    p.add_argument("inputs", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER")
+    p.add_argument("--csv", type=Path, metavar="FILE", help="write every probability here")
+    p.add_argument("--top", type=int, default=3, metavar="K", help="classes shown (default 3)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints one line per file; exit code 3 if any could not be read."""
+    args = parser().parse_args(argv)
+    console.setup()
+    predictor = Predictor(args.model, args.device)
+    files = list_files(args.inputs)
+    classes = predictor.card.classes
+    answers = []
+    for answer in track(predictor(files), len(files), "predict"):
+        answers.append(answer)
+        said = ", ".join(f"{escape(c)} {p:.1%}" for c, p in top(answer, classes, args.top))
+        print(f"{escape(answer.path)}: {said or 'error ' + escape(answer.error)}")  # noqa: T201
+    if args.csv:
+        write_csv(args.csv, answers, classes)
+    bad = sum(1 for a in answers if a.error)
+    say(f"{len(answers) - bad:,} of {len(answers):,} files answered, {bad:,} unreadable")
+    return 3 if bad else 0
+
+
+if __name__ == "__main__":
+    from vitft.cli import door
+
+    sys.exit(door(main))

@@ -1,0 +1,301 @@
+"""Everything a run needs before the first gradient: device, photographs, model, batches.
+
+All that can be wrong is found here, before time is spent, and said at once where it can be.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from vitft import data, model, offline
+from vitft.console import say, warn
+from vitft.errors import DataError, MachineError, RecipeError
+from vitft.features import FIXED_BATCH
+from vitft.images import DecodeSpec
+from vitft.inputs import InputConfig, TransformSpec, augmented, plain
+from vitft.loaders import Batches, Photos
+from vitft.recipe import DataSpec, Recipe, TrainSpec
+
+MEASURED = 32  # photographs whose forward `--plan` times
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the modes work with.
+
+    Attributes:
+        recipe: As settled for this machine.
+        index: Photographs, labels, split, ledger.
+        net: On `device`, head [C, D] fresh, backbone filled.
+        config: What the model eats.
+        report: Where its weights came from.
+        plain_transform: Of evaluation and prediction.
+        train_transform: Of training, where it is augmented.
+        warnings: For console, report and `metrics.json`.
+    """
+
+    recipe: Recipe
+    index: data.Index
+    net: nn.Module
+    config: InputConfig
+    report: model.LoadReport
+    device: torch.device
+    decode: DecodeSpec
+    plain_transform: TransformSpec
+    train_transform: TransformSpec
+    warnings: tuple[str, ...]
+
+    def photos(self, split: str, *, augment: bool = False) -> Photos:
+        """The photographs of a split, plain or augmented."""
+        rows = self.index.rows(split)
+        return Photos(
+            [self.index.file(int(i)) for i in rows],
+            self.index.labels[rows],
+            [self.index.sha256[i] for i in rows],
+            decode=self.decode,
+            transform=self.train_transform if augment else self.plain_transform,
+            seed=self.recipe.seed,
+        )
+
+    def batches(self, photos: Photos, *, train: bool = False) -> Batches:
+        """Normalised batches on the device: shuffled for training, in order otherwise."""
+        spec = self.recipe.train
+        return Batches(
+            photos,
+            batch_size=batch_size(spec, self.device) if train else FIXED_BATCH,
+            seed=self.recipe.seed,
+            shuffle=train,
+            device=self.device,
+            mean=self.config.mean,
+            std=self.config.std,
+            workers=spec.workers,
+            mixup=spec.mixup if train else 0.0,
+            cutmix=spec.cutmix if train else 0.0,
+            classes=len(self.index.classes),
+        )
+
+    @property
+    def test_split(self) -> str:
+        """`test`, or `val` where the split has no test photographs (the tutorial's)."""
+        return "test" if len(self.index.rows("test")) else "val"
+
+
+def prepare(recipe: Recipe, *, fallback: bool = True) -> Prepared:
+    """Settles, scans, builds.
+
+    Raises:
+        VitftError: Whatever is wrong with recipe, data, weights or machine.
+    """
+    device = pick_device(recipe.device)
+    settled = offline.settle(recipe, fallback=fallback)
+    for text in settled.warnings:
+        warn(text)
+    recipe = settled.recipe
+    if recipe.model.weights != "none":
+        model.locate(recipe.model)  # a missing file is said before the photographs are read
+    index = scan(recipe)
+    built = model.build(
+        recipe.model,
+        classes=len(index.classes),
+        image_size=recipe.data.image_size,
+        seed=recipe.seed,
+    )
+    kind = transform_kind(recipe.data)
+    prepared = Prepared(
+        recipe=recipe,
+        index=index,
+        net=built.net.to(device),
+        config=built.input,
+        report=built.report,
+        device=device,
+        decode=decode_spec(recipe.data),
+        plain_transform=plain(built.input, kind),
+        train_transform=augmented(built.input, recipe.train, kind),
+        warnings=settled.warnings + tuple(index.ledger.warnings),
+    )
+    _check_trainable(prepared)
+    return prepared
+
+
+def scan(recipe: Recipe) -> data.Index:
+    """The photographs behind the recipe, with some to train and some to choose on."""
+    root = offline.data_root(recipe.data.root)
+    spec = recipe.data.model_copy(update={"root": str(root)})
+    index = data.scan(spec, seed=recipe.seed)
+    for line in index.ledger.lines():
+        say(line)
+    for split in ("train", "val"):
+        if not len(index.rows(split)):
+            raise DataError.of(
+                "data.empty_split",
+                root,
+                f"no photograph is left for {split}",
+                "raise data.val and data.test, or add photographs",
+            )
+    return index
+
+
+def decode_spec(spec: DataSpec) -> DecodeSpec:
+    """The recipe's rules for turning files into pixels."""
+    return DecodeSpec(
+        max_pixels=spec.max_pixels,
+        max_aspect=spec.max_aspect,
+        background=spec.background,
+        bit_range=spec.bit_range,
+        icc=spec.icc,
+        frames=spec.frames,
+    )
+
+
+def transform_kind(spec: DataSpec) -> str:
+    """`auto` means what the weights were trained with."""
+    return "timm" if spec.transform == "auto" else spec.transform
+
+
+def pick_device(name: str) -> torch.device:
+    """The device asked for, or the best there is.
+
+    Raises:
+        MachineError: `env.no_device`: asked for by name and not here; never a silent CPU.
+    """
+    present = ["cpu"]
+    if torch.backends.mps.is_available():
+        present.insert(0, "mps")
+    if torch.cuda.is_available():
+        present = [f"cuda:{k}" for k in range(torch.cuda.device_count())] + present
+    if name == "auto":
+        name = present[0]
+        say(f"device: {name}")
+    wanted = "cuda:0" if name == "cuda" else name
+    if wanted not in present:
+        text = f"device {name} is not here; present: {', '.join(present)}"
+        raise MachineError.of("env.no_device", "device", text, "set device: auto")
+    return torch.device(wanted)
+
+
+def batch_size(spec: TrainSpec, device: torch.device) -> int:
+    """`auto`: large on a GPU, where running out of memory splits it, small elsewhere."""
+    if spec.batch_size != "auto":
+        return int(spec.batch_size)
+    return 256 if device.type == "cuda" else 32
+
+
+def _check_trainable(prepared: Prepared) -> None:
+    """What only model and data together can tell.
+
+    Raises:
+        RecipeError: `train.batch_norm`: batches of one through batch normalisation.
+    """
+    size = batch_size(prepared.recipe.train, prepared.device)
+    norms = [m for m in prepared.net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if norms and prepared.recipe.mode == "full" and size == 1:
+        raise RecipeError.of(
+            "train.batch_norm",
+            prepared.recipe.place("train.batch_size"),
+            f"batch size 1 with {len(norms)} batch-normalisation layers",
+            "set train.batch_size to 2 or more",
+        )
+
+
+def class_weight(prepared: Prepared) -> torch.Tensor | None:
+    """[C] float32 with mean 1 over the train photographs, or None."""
+    if prepared.recipe.train.class_weights == "none":
+        return None
+    labels = prepared.index.labels[prepared.index.rows("train")]
+    counts = np.bincount(labels, minlength=len(prepared.index.classes))
+    weight = len(labels) / (len(counts) * np.maximum(counts, 1))
+    return torch.as_tensor(weight, dtype=torch.float32, device=prepared.device)
+
+
+def plan(prepared: Prepared) -> str:
+    """What would happen: classes, split sizes, trainable parameters, measured speed, minutes."""
+    index, recipe = prepared.index, prepared.recipe
+    sizes = {split: len(index.rows(split)) for split in ("train", "val", "test")}
+    forward, step = _speed(prepared)
+    seconds = _seconds(recipe, sizes, forward, step)
+    counts = index.ledger.counts
+    table = [
+        f"  {name:<24} {counts[name].get('train', 0):>7} {counts[name].get('val', 0):>7} "
+        f"{counts[name].get('test', 0):>7}"
+        for name in index.classes
+    ]
+    head = model.classifier(prepared.net)
+    everything = sum(p.numel() for p in prepared.net.parameters())
+    trained = everything if recipe.mode == "full" else sum(p.numel() for p in head.parameters())
+    return "\n".join(
+        [
+            f"plan for {recipe.name} (mode {recipe.mode}, seed {recipe.seed})",
+            f"  {'class':<24} {'train':>7} {'val':>7} {'test':>7}",
+            *table,
+            f"  {'all ' + str(len(index.classes)):<24} {sizes['train']:>7} {sizes['val']:>7} "
+            f"{sizes['test']:>7}",
+            f"model: {recipe.model.name}, weights {recipe.model.weights}, "
+            f"input {prepared.config.size}",
+            f"trainable parameters: {trained:,} of {everything:,}"
+            + (f" (last {recipe.train.blocks} blocks: fewer)" if recipe.train.blocks else ""),
+            f"measured on {MEASURED} photographs on {prepared.device}: {forward:.1f} images/s "
+            "forward" + (f", {step:.1f} images/s training" if step else ""),
+            f"expected: {seconds / 60:.1f} minutes without cached features",
+        ]
+    )
+
+
+def _speed(prepared: Prepared) -> tuple[float, float]:
+    """Images/s forward, decode included, and of a training step (0 where none runs over images)."""
+    photos = prepared.photos("train")
+    batch = next(iter(prepared.batches(photos).epoch(0)))[0][: min(MEASURED, len(photos))]
+    started = time.perf_counter()
+    batch = next(iter(prepared.batches(photos).epoch(0)))[0][: len(batch)]
+    prepared.net.eval()
+    with torch.inference_mode():
+        prepared.net(batch)
+    forward = len(batch) / (time.perf_counter() - started)
+    online = prepared.recipe.mode == "head" and prepared.recipe.head.views == "online"
+    if prepared.recipe.mode != "full" and not online:
+        return forward, 0.0
+    started = time.perf_counter()
+    prepared.net(batch).sum().backward()
+    prepared.net.zero_grad(set_to_none=True)
+    return forward, len(batch) / (time.perf_counter() - started)
+
+
+def _seconds(recipe: Recipe, sizes: dict[str, int], forward: float, step: float) -> float:
+    rest = sizes["val"] + sizes["test"]
+    if step:
+        per_epoch = sizes["train"] / step + sizes["val"] / forward
+        return recipe.train.epochs * per_epoch + sizes["test"] / forward
+    views = recipe.head.views if recipe.mode in ("head", "ladder") else 1
+    return (sizes["train"] * int(views) + rest) / forward
+
+
+def environment(prepared: Prepared) -> dict[str, Any]:
+    """What a second person needs to make the run again: versions, device, threads."""
+    import platform
+    from importlib.metadata import version
+
+    packages = ("vitft", "torch", "timm", "torchvision", "numpy", "scikit-learn", "pillow")
+    return {
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
+        "platform": platform.platform(),
+        "device": str(prepared.device),
+        "device_name": torch.cuda.get_device_name(prepared.device)
+        if prepared.device.type == "cuda"
+        else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "seed": prepared.recipe.seed,
+    }
+
+
+def data_hash(index: data.Index) -> str:
+    """One sha256 over class names and each row's content, label and split, in any order."""
+    from vitft.io import sha256_bytes
+
+    rows = sorted(
+        f"{s} {index.classes[int(y)]!r} {where}"
+        for s, y, where in zip(index.sha256, index.labels, index.split, strict=True)
+    )
+    return sha256_bytes("\n".join([repr(index.classes), *rows]).encode("utf-8", "surrogatepass"))

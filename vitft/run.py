@@ -1,0 +1,332 @@
+"""The main door: a recipe in, a run folder with classifier, report and numbers out.
+
+    python -m vitft.run RECIPE [key.sub=value ...]
+
+    result = vitft.run.run(vitft.recipe.load("recipes/flowers_head.yaml"))     # the same in Python
+
+The folder `runs/<recipe>/<time>/` holds recipe.yaml, recipe.resolved.yaml (running it again gives
+the same run), env.json, log.txt, metrics.jsonl, metrics.json, split.csv, class_indices.json,
+predictions.csv, confusion_matrix.csv, report.html, checkpoints/ while training, and model/.
+"""
+
+import argparse
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, cast
+
+from vitft import (
+    checkpoint,
+    console,
+    data,
+    evaluate,
+    io,
+    model,
+    prepare,
+    product,
+    recipe,
+    report,
+    writeup,
+)
+from vitft.console import say
+from vitft.errors import RecipeError
+from vitft.evaluate import Predictions, Scores
+from vitft.learn import Hooks, Learned, extract, head_predictions, learn
+from vitft.prepare import Prepared
+from vitft.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gives to a notebook.
+
+    Attributes:
+        folder: The run's folder.
+        split: The split that was scored: `test`, or `val` where there is no test.
+        sentence: The last line on stdout.
+    """
+
+    folder: Path
+    scores: Scores
+    split: str
+    predictions: Predictions
+    history: tuple[dict[str, Any], ...]
+    sentence: str
+
+
+def run(
+    spec: Recipe,
+    *,
+    fallback: bool = True,
+    resume: str | None = None,
+    resume_anyway: bool = False,
+) -> Result:
+    """Runs a recipe from photographs to report.
+
+    Args:
+        spec: From `vitft.recipe.load` or `parse`.
+        fallback: Whether the recipe's `offline:` block may be used.
+        resume: `auto` (the newest unfinished run of this recipe) or a run folder.
+        resume_anyway: Go on although recipe or data have changed; recorded in `metrics.json`.
+
+    Returns:
+        Result; everything in it is also in its folder.
+
+    Raises:
+        VitftError: With every fault found, before time was spent where it could be known.
+    """
+    started = time.monotonic()
+    p = prepare.prepare(spec, fallback=fallback)  # what is refused here leaves no folder behind
+    folder = _folder(spec, resume)
+    with io.lock(folder, f"vitft run {spec.name}"):
+        console.setup(log_file=folder / "log.txt")
+        try:
+            return _run(p, spec, folder, resume is not None, resume_anyway, started)
+        finally:
+            console.close_log()
+
+
+def _run(
+    p: Prepared, spec: Recipe, folder: Path, resume: bool, anyway: bool, started: float
+) -> Result:
+    _write_inputs(p, spec, folder)
+    with _polite_stop(folder) as stop:
+        learned = learn(p, _hooks(p, folder, stop, resume=resume, anyway=anyway))
+    split = p.test_split
+    predictions = predict_split(p, learned, split)
+    scores = evaluate.score(predictions, p.index.classes)
+    card = make_card(p, scores, split)
+    product.save(p.net, folder / "model", card, p.config, as_timm=p.recipe.export.as_timm)
+    _write_outputs(p, learned, predictions, scores, folder, time.monotonic() - started)
+    io.remove(folder / "checkpoints")
+    io.link_latest(folder)
+    return Result(
+        folder, scores, split, predictions, learned.history, _sentence(scores, split, folder)
+    )
+
+
+# -- the folder -----------------------------------------------------------------------------------
+
+
+def _folder(spec: Recipe, resume: str | None) -> Path:
+    base = Path(spec.output or "runs") / spec.name
+    if resume is not None:
+        return _unfinished(base) if resume == "auto" else Path(resume)
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    names = [stamp, *(f"{stamp}-{k}" for k in range(2, 100))]
+    folder = next(base / name for name in names if not (base / name).exists())
+    io.make_dir(folder)
+    io.require_writable(folder)
+    return folder
+
+
+def _unfinished(base: Path) -> Path:
+    """The newest run folder of this recipe with a whole checkpoint and without final numbers."""
+    for folder in sorted(base.glob("2*"), reverse=True):
+        done = (folder / "metrics.json").exists()
+        if not done and checkpoint.newest(folder / "checkpoints") is not None:
+            return folder
+    raise RecipeError.of(
+        "run.nothing_to_resume",
+        base,
+        "no unfinished run with a whole checkpoint is here",
+        "leave out --resume to start anew",
+    )
+
+
+def _write_inputs(p: Prepared, spec: Recipe, folder: Path) -> None:
+    """What the run starts from; `recipe.resolved.yaml` names the data and split it really used."""
+    io.write_text(folder / "recipe.yaml", spec.text or recipe.dump(spec))
+    io.write_text(folder / "recipe.resolved.yaml", recipe.dump(p.recipe))
+    io.write_json(folder / "env.json", prepare.environment(p))
+    data.write_split(p.index, folder / "split.csv")
+    io.write_json(folder / "class_indices.json", data.class_indices(p.index))
+
+
+def _hooks(
+    p: Prepared, folder: Path, stop: Callable[[], int | None], *, resume: bool, anyway: bool
+) -> Hooks:
+    log, checkpoints = folder / "metrics.jsonl", folder / "checkpoints"
+    identity = {
+        "mode": p.recipe.mode,
+        "recipe": io.sha256_bytes(recipe.dump(p.recipe).encode()),
+        "data": prepare.data_hash(p.index),
+        "classes": list(p.index.classes),
+    }
+    newest = checkpoint.newest(checkpoints) if resume else None
+    snapshot = None
+    if newest is not None:
+        snapshot = checkpoint.load(newest, identity=identity, anyway=anyway)
+        say(f"resumed from step {snapshot.step} (epoch {snapshot.epoch + 1}, {newest})")
+    done = len(snapshot.numbers["history"]) if snapshot else 0
+    io.trim_lines(log, lambda record: record.get("epoch", 0) <= done)
+
+    def on_record(record: dict[str, Any]) -> None:
+        io.append_line(log, record)
+        if "epoch" in record:
+            say(
+                f"epoch {record['epoch']}: train loss {record['train_loss']:.4f}, "
+                f"val accuracy {100 * record['val_accuracy']:.1f} %"
+            )
+
+    def save(snapshot: checkpoint.Snapshot) -> None:
+        checkpoint.save(checkpoints, snapshot, identity=identity)
+
+    return Hooks(on_record, save if p.recipe.mode == "full" else None, stop, snapshot)
+
+
+@contextmanager
+def _polite_stop(folder: Path) -> Iterator[Callable[[], int | None]]:
+    """The first signal is noted and obeyed after the update under way; the second ends at once."""
+    asked: list[int] = []
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(signum)
+        say(f"stopping after this step; go on with: --resume {folder}")
+
+    signals = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
+    try:
+        before = {s: signal.signal(s, note) for s in signals}
+    except ValueError:  # not the main thread: a notebook's own rules hold
+        yield lambda: None
+        return
+    try:
+        yield lambda: asked[0] if asked else None
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+# -- numbers out ----------------------------------------------------------------------------------
+
+
+def predict_split(p: Prepared, learned: Learned, split: str) -> Predictions:
+    """Logits of a split: through cached features where the backbone stayed frozen."""
+    if learned.backbone_frozen:
+        rows = learned.features.get(split) or extract(p, split)
+        return head_predictions(model.classifier(p.net), rows, p.device)
+    batches = p.batches(p.photos(split)).epoch(0)
+    return evaluate.predict(p.net, batches, autocast=p.device.type == "cuda")
+
+
+def make_card(p: Prepared, scores: Scores, split: str) -> product.Card:
+    """The product's self-description."""
+    options = dict(
+        cast(Any, p.net)._model_args
+    )  # what timm's factory recorded; public in 1.0.31's exports
+    options.pop("num_classes", None)
+    return product.Card(
+        architecture=p.recipe.model.name,
+        classes=p.index.classes,
+        options=options,
+        transform=asdict(p.plain_transform),
+        decode=asdict(p.decode),
+        recipe=recipe.dump(p.recipe),
+        seed=p.recipe.seed,
+        versions=prepare.environment(p)["versions"],
+        hashes={"data": prepare.data_hash(p.index), "weights": p.report.sha256},
+        metrics={"split": split, **summary(scores)},
+    )
+
+
+def summary(scores: Scores) -> dict[str, Any]:
+    """The headline numbers; fractions 0 to 1."""
+    return {
+        "n": scores.n,
+        "accuracy": scores.accuracy,
+        "accuracy_interval": asdict(scores.accuracy_interval),
+        "balanced_accuracy": scores.balanced_accuracy,
+        "macro_f1": scores.macro_f1,
+        "log_loss": scores.log_loss,
+        "majority": scores.majority,
+        "top_k": {str(k): v for k, v in scores.top_k.items()},
+    }
+
+
+def _write_outputs(
+    p: Prepared,
+    learned: Learned,
+    predictions: Predictions,
+    scores: Scores,
+    folder: Path,
+    seconds: float,
+) -> None:
+    io.write_json(
+        folder / "metrics.json",
+        {
+            "recipe": p.recipe.name,
+            "mode": p.recipe.mode,
+            p.test_split: summary(scores)
+            | {"per_class": [asdict(c) for c in scores.per_class]}
+            | {"confusion_matrix": scores.confusion.tolist()},
+            "best": learned.best,
+            "backbone_frozen": learned.backbone_frozen,
+            "warnings": list(p.warnings),
+            "ledger": p.index.ledger.as_dict(),
+            "data_sha256": prepare.data_hash(p.index),
+            "weights": asdict(p.report),
+            "seconds": seconds,
+        },
+    )
+    report.write(folder, writeup.page(p, learned, predictions, scores, folder, seconds))
+
+
+def _sentence(scores: Scores, split: str, folder: Path) -> str:
+    return (
+        f"{split} accuracy {100 * scores.accuracy:.1f} % {scores.accuracy_interval.percent()} "
+        f"(n={scores.n:,}) · report: {folder / 'report.html'} · model: {folder / 'model'}"
+    )
+
+
+# -- the command line -----------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of `python -m vitft.run`."""
+    p = argparse.ArgumentParser(
+        prog="vitft run",
+        description="Trains a classifier as a recipe says, and reports how good it is.",
+        epilog="example: python -m vitft.run recipes/flowers_head.yaml data.root=photos/ seed=1",
+    )
+    p.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML recipe")
+    p.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the recipe")
+    p.add_argument("--plan", action="store_true", help="check everything, measure, then stop")
+    p.add_argument("--print-config", action="store_true", help="show every key and stop")
+    p.add_argument("--no-fallback", action="store_true", help="never use the offline block")
+    p.add_argument("--resume", metavar="auto|FOLDER", help="go on with an unfinished run")
+    p.add_argument("--resume-anyway", action="store_true", help="although recipe or data changed")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; results go to stdout, all else to stderr."""
+    args = parser().parse_args(argv)
+    spec = recipe.load(args.recipe, args.overrides)
+    if args.print_config:
+        print(recipe.dump(spec), end="")  # noqa: T201
+        return 0
+    console.setup()
+    if args.plan:
+        print(prepare.plan(prepare.prepare(spec, fallback=not args.no_fallback)))  # noqa: T201
+        return 0
+    result = run(
+        spec,
+        fallback=not args.no_fallback,
+        resume=args.resume,
+        resume_anyway=args.resume_anyway,
+    )
+    print(result.sentence)  # noqa: T201
+    return 0
+
+
+if __name__ == "__main__":
+    from vitft.cli import door
+
+    sys.exit(door(main))

@@ -1,0 +1,80 @@
+"""A finished run -> the page that tells it: what was measured, on what, and how to do it again."""
+
+import shlex
+from pathlib import Path
+
+import numpy as np
+
+from vitft import images
+from vitft.errors import VitftError
+from vitft.evaluate import Predictions, Scores
+from vitft.gallery import Answers, Source, shrink
+from vitft.learn import Learned
+from vitft.prepare import Prepared, environment
+from vitft.report import Page
+
+IN_WORDS = {"test": "test", "val": "val (no test split: these numbers also chose the model)"}
+
+
+def page(
+    p: Prepared,
+    learned: Learned,
+    predictions: Predictions,
+    scores: Scores,
+    folder: Path,
+    seconds: float,
+) -> Page:
+    """Gathers what the report shows.
+
+    Args:
+        p: The run's data and model.
+        learned: How the model came to be.
+        predictions: Of the split that is scored.
+        scores: Of these predictions.
+        folder: The run's.
+        seconds: The whole run took.
+    """
+    rows = p.index.rows(p.test_split)
+    spec = p.recipe
+    return Page(
+        title=spec.name,
+        subtitle=f"{spec.model.name} · weights {spec.model.weights} · mode {spec.mode}",
+        classes=p.index.classes,
+        scores=scores,
+        answers=Answers(
+            paths=[p.index.paths[i] for i in rows],
+            labels=predictions.labels,
+            guesses=predictions.logits.argmax(axis=1).astype(np.int64),
+            probabilities=predictions.probabilities(),
+        ),
+        source=Source(thumbnail=lambda row: _thumbnail(p, int(rows[row]))),
+        ledger=p.index.ledger,
+        history=learned.history,
+        reproduce=_reproduce(p, learned, folder, seconds),
+        split=IN_WORDS[p.test_split],
+        warnings=p.warnings,
+        mistakes=spec.report.gallery,
+        max_images=spec.report.max_images,
+    )
+
+
+def _thumbnail(p: Prepared, row: int) -> bytes | None:
+    """A small JPEG of a photograph as the model's decoder sees it; None if it has gone."""
+    file, side = p.index.file(row), p.recipe.report.thumbnail
+    try:
+        return shrink(images.decode(images.read_bytes(file), file, p.decode), side)
+    except VitftError:
+        return None
+
+
+def _reproduce(p: Prepared, learned: Learned, folder: Path, seconds: float) -> dict[str, object]:
+    facts = environment(p)
+    facts |= {
+        "command": f"python -m vitft.run {shlex.quote(str(folder / 'recipe.resolved.yaml'))}",
+        "weights": p.report.source,
+        "weights sha256": p.report.sha256,
+        "duration": f"{seconds:.0f} s",
+    }
+    if learned.backbone_frozen:
+        facts["backbone"] = "frozen: its sha256 was equal before and after"
+    return facts
