@@ -4,7 +4,7 @@
 
 Takes five class folders named after their Flickr photo (`<photo id>_<secret>[_m|_n].jpg`), draws 50
 photographs of each class with a fixed seed, leaves out any whose bytes stand in two classes, and
-writes them with short side 256 as JPEG (quality 82), the class folders unchanged, and `CREDITS.csv`.
+writes them as JPEG (short side 256, quality 82), the class folders unchanged, and `CREDITS.csv`.
 The photographs of TensorFlow's `flower_photos` set are published under CC BY 2.0.
 """
 
@@ -32,7 +32,7 @@ def main() -> None:
         shrink(path, target)
         photo = path.stem.split("_")[0]
         credits.append((f"{path.parent.name}/{path.name}", photo, address(photo)))
-    with (TARGET / "CREDITS.csv").open("w", newline="", encoding="utf-8") as file:
+    with TARGET.with_name("CREDITS.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("file", "flickr_photo_id", "address"))
         writer.writerows(credits)
