@@ -299,7 +299,7 @@ def test_every_flipped_byte_in_a_sealed_folder_is_found(tmp_path):
     for path in sorted(p for p in final.rglob("*") if p.is_file()):
         whole = path.read_bytes()
         for at in range(len(whole)):
-            for flip in (1, 0x80):
+            for flip in (1, 7, 0x80):  # 7 makes a return of a newline
                 path.write_bytes(whole[:at] + bytes([whole[at] ^ flip]) + whole[at + 1 :])
                 assert io.verify_dir(final), f"{path.name} byte {at} flip {flip}"
         path.write_bytes(whole)
@@ -328,11 +328,12 @@ FORGED = (
     '{"files": []}',
     '{"files": {"a": 1}}',
     '{"files": {"../x": {}}}',
+    "[" * 9999,
     "\udcff",
 )
 
 
-@pytest.mark.parametrize("text", FORGED)
+@pytest.mark.parametrize("text", FORGED, ids=range(len(FORGED)))
 def test_a_forged_manifest_is_a_problem_and_never_a_crash(tmp_path, text):
     final = fill(tmp_path / "model", "words")
     (final / "manifest.json").write_bytes(text.encode("utf-8", "surrogateescape"))

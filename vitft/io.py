@@ -390,14 +390,14 @@ def verify_dir(path: Path) -> tuple[str, ...]:
         One text per problem: missing, extra, wrong size, changed content; empty when all is whole.
     """
     try:
-        text = (path / MANIFEST).read_text("utf-8")
+        text = (path / MANIFEST).read_bytes().decode()  # read_text would hide a changed newline
         listed = json.loads(text)["files"]
         {name: (entry["size"] + 0, entry["sha256"] + "") for name, entry in listed.items()}
         if text != _manifest(listed):
             return (f"{MANIFEST}: changed since it was written",)
     except FileNotFoundError:
         return (f"{MANIFEST}: missing",)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         return (f"{MANIFEST}: unreadable ({type(error).__name__})",)
     found = set(_files(path)) - {MANIFEST}
     problems = [f"{name}: missing" for name in listed if name not in found]
