@@ -10,7 +10,7 @@ heads of the second are fitted, and likewise for a third:
 
 The chance that a label is wrong weighs those probabilities against the share of wrong labels in the
 whole folder, which is estimated from the same numbers; a reader who looks through a list wants most
-of the wrong ones in it, so a label is a suspect from a chance of one in three.
+of the wrong ones in it, so a label is a suspect from a chance of three in ten.
 
 Features and labels in, ranked rows out. What a row means for the folder is the reader's decision:
 `Suspects.fixes` are proposals for fixes.csv.
@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-CHANCE = 1 / 3  # a label is a suspect from this chance of being wrong
+CHANCE = 0.3  # a label is a suspect from this chance of being wrong
 FOLDS = 5
 SURE = 0.9  # a proposal relabels when another class is at least this likely, else it drops
 START, TINY, ROUNDS = 0.05, 1e-6, 200  # of the expectation maximisation
