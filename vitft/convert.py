@@ -386,7 +386,8 @@ def _title(layout: Layout, prefix: str, names: Iterable[str]) -> str:
         (r".*register_tokens", "DINOv2 with registers"),
         (r".*mask_token", "DINOv2"),
         (r".*(last_layer|head\.mlp)\..+", "DINO"),
-        (r"pre_logits\.fc\..+", "timm (historical, with pre_logits)"),
+        (r".*pre_logits\.fc\..+", "timm (historical, with pre_logits)"),
+        (r".*blocks\.0\.ls1\.gamma", "timm (LayerScale, as DINOv2)"),
     )
     names = list(names)
     for pattern, title in signs:

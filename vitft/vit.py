@@ -27,7 +27,7 @@ from timm.models._features import feature_take_indices
 from timm.models._input import update_model_args, update_model_input_size
 from torch import Tensor, nn
 
-from vitft import console, weights
+from vitft import console
 from vitft.errors import RecipeError
 
 POOLS = ("", "token", "avg")
@@ -752,6 +752,8 @@ class VisionTransformer(nn.Module):
 
     def load_pretrained(self, checkpoint_path: str | Path, prefix: str = "") -> None:
         """Fills the model from a file of any kind; timm calls it for .npz files."""
+        from vitft import weights
+
         tensors = weights.read(Path(checkpoint_path))
         inner = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         whole, match, _ = weights.complete(inner, self, place=checkpoint_path)
@@ -813,7 +815,7 @@ default_cfgs = generate_default_cfgs(
 
 
 # width, heads, depth and patch: table 1 of the paper; Ti and S are DeiT's (arXiv 2012.12877)
-_SIZES: dict[str, dict[str, Any]] = {
+SIZES: dict[str, dict[str, Any]] = {
     "vitflower_ti16": {"embed_dim": 192, "num_heads": 3, "patch_size": 16},
     "vitflower_s16": {"embed_dim": 384, "num_heads": 6, "patch_size": 16},
     "vitflower_s14": {"embed_dim": 384, "num_heads": 6, "patch_size": 14, "init_values": 1e-5},
@@ -827,6 +829,8 @@ _SIZES: dict[str, dict[str, Any]] = {
 
 def _read_file(pretrained: bool, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Reads an overlay's file through our own guard, which knows more kinds than timm's."""
+    from vitft import weights  # late: `python -m vitft.weights` must be its first import
+
     overlay = kwargs.get("pretrained_cfg_overlay") or {}
     if not pretrained or not overlay.get("file") or overlay.get("state_dict"):
         return kwargs
@@ -847,6 +851,8 @@ def load_filter(state: dict[str, Any], model: VisionTransformer) -> dict[str, Te
     Raises:
         WeightsError: A backbone tensor is missing, unexpected or misshapen.
     """
+    from vitft import weights
+
     place = model.pretrained_cfg.get("file") or "checkpoint"
     whole, match, notes = weights.complete(state, model, place=place)
     for note in notes:
@@ -869,7 +875,7 @@ def _register(name: str) -> None:
             pretrained,
             pretrained_filter_fn=load_filter,
             feature_cfg={"out_indices": 3, "feature_cls": "getter"},
-            **(_SIZES[name] | _read_file(pretrained, kwargs)),
+            **(SIZES[name] | _read_file(pretrained, kwargs)),
         )
         model.pretrained_cfg["state_dict"] = None  # loaded; do not hold the memory
         model._traits["first_conv"] = model.pretrained_cfg["first_conv"]
@@ -880,5 +886,5 @@ def _register(name: str) -> None:
     globals()[name] = register_model(build)
 
 
-for _name in _SIZES:
+for _name in SIZES:
     _register(_name)

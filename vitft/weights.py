@@ -3,10 +3,15 @@
 In: a file and a model. Out: tensors under the model's names, each one matched by name and shape,
 with a reason for every one left out; else `WeightsError` with what is missing, unexpected and
 misshapen, and the likely cause. `tensorfile` reads files, `convert` knows other people's names.
+
+    python -m vitft.weights inspect FILE
+    python -m vitft.weights check FILE --model vitflower_b16
 """
 
 import hashlib
+import importlib
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -285,7 +290,7 @@ def fit(
         place=place,
     )
     notes = (*_prefix_note(found.prefix), *adapted.notes)
-    if found.layout != "timm":
+    if any(found.prefix + name not in tensors for name in found.state):
         notes = (f"names converted from {found.layout}", *notes)
     return Fitted(adapted.state, found.dropped | adapted.dropped, notes, found.layout)
 
@@ -423,7 +428,8 @@ class _Mismatch:
         common = sum(name in self.model_state for name in self.state)
         if 2 * common < len(self.model_state):
             text = f"{common} of the model's {len(self.model_state)} tensors are in the file"
-            text += f"; missing {_list(self.missing)}; unexpected {_list(self.unexpected)}"
+            text += f"; missing {_list(self.missing)}"
+            text += f"; unexpected {_list(self.unexpected)}" if self.unexpected else ""
             fix = cause or "name the model that these weights belong to"
             return [Fault("ckpt.architecture", place, text, fix)]
         fix = cause or "use the file that belongs to this model, whole"
@@ -505,3 +511,13 @@ def complete(
     taken = {k: v for k, v in fitted.state.items() if k not in match.dropped}
     match = Match(match.loaded, fitted.dropped | match.dropped, match.new)
     return own | taken, match, (*notes, *fitted.notes)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `python -m vitft.weights`; the work is `vitft.twin`'s, far above this floor."""
+    code: int = importlib.import_module("vitft.twin").main(argv)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(importlib.import_module("vitft.cli").door(main))
