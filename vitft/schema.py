@@ -271,7 +271,10 @@ class TrainSpec(Section):
     batch_size: Count | Auto = Field(
         default=32, description="Photographs per step; `auto`: what fits."
     )
-    opt: Text = Field(default="sgd", description="Any timm optimizer: sgd, adamw, lion, ...")
+    opt: Text = Field(
+        default="sgd",
+        description="Any timm optimizer: momentum (plain SGD), sgd (Nesterov), adamw ...",
+    )
     lr: Positive = Field(default=1e-3, description="Peak learning rate.")
     momentum: Share = Field(default=0.9, description="Momentum of those optimizers that have one.")
     weight_decay: NotNegative = Field(
