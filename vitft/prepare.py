@@ -279,7 +279,9 @@ def environment(prepared: Prepared) -> dict[str, Any]:
 
     packages = ("vitft", "torch", "timm", "torchvision", "numpy", "scikit-learn", "pillow")
     return {
-        "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
+        "versions": {"python": platform.python_version()}
+        | {p: version(p) for p in packages}
+        | {"torch": torch.__version__},  # which build, too
         "platform": platform.platform(),
         "device": str(prepared.device),
         "device_name": torch.cuda.get_device_name(prepared.device)

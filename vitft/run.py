@@ -310,7 +310,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     spec = recipe.load(args.recipe, args.overrides)
     if args.print_config:
-        print(recipe.dump(spec), end="")  # noqa: T201
+        print(recipe.dump(spec, explain=True), end="")  # noqa: T201
         return 0
     console.setup()
     if args.plan:

@@ -13,7 +13,10 @@ from vitft.learn import Learned
 from vitft.prepare import Prepared, environment
 from vitft.report import Page
 
-IN_WORDS = {"test": "test", "val": "val (no test split: these numbers also chose the model)"}
+IN_WORDS = {"test": "test", "val": "validation"}
+NO_TEST = (
+    "There is no test split: these photographs also chose the model, so the number flatters it."
+)
 
 
 def page(
@@ -52,7 +55,7 @@ def page(
         history=learned.history,
         reproduce=_reproduce(p, learned, folder, seconds),
         split=IN_WORDS[p.test_split],
-        warnings=p.warnings,
+        warnings=p.warnings if p.test_split == "test" else (*p.warnings, NO_TEST),
         mistakes=spec.report.gallery,
         max_images=spec.report.max_images,
     )

@@ -1,0 +1,296 @@
+"""The whole path on tiny photographs, in every mode; and what a run promises about its folder."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from vitft import io, product, recipe
+from vitft.errors import BusyError, DataError, RecipeError, WeightsError
+from vitft.predict import Predictor
+from vitft.predict import main as predict_main
+from vitft.run import main, run
+
+FILES = {
+    "recipe.yaml",
+    "recipe.resolved.yaml",
+    "env.json",
+    "log.txt",
+    "metrics.jsonl",
+    "metrics.json",
+    "split.csv",
+    "class_indices.json",
+    "predictions.csv",
+    "confusion_matrix.csv",
+    "report.html",
+    "model",
+}
+
+
+def rows(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def tensors(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def assert_equal_tensors(a, b):
+    a, b = tensors(a), tensors(b)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize("mode", ["head", "full", "probe"])
+def test_every_mode_leaves_the_whole_folder_and_learns_red_from_green(tiny_recipe, mode):
+    result = run(tiny_recipe(mode))
+    names = {p.name for p in result.folder.iterdir()} - {io.LOCK}
+    assert names >= FILES
+    assert "checkpoints" not in names
+    assert result.scores.accuracy > 0.6
+    assert result.scores.n == 9
+    assert result.split == "test"
+    stored = json.loads((result.folder / "metrics.json").read_text())
+    assert stored["test"]["accuracy"] == result.scores.accuracy
+    assert sum(map(sum, stored["test"]["confusion_matrix"])) == 9
+    assert stored["backbone_frozen"] is (None if mode == "full" else True)
+    assert json.loads((result.folder / "class_indices.json").read_text()) == {
+        "0": "blue",
+        "1": "green",
+        "2": "red",
+    }
+    assert result.sentence.startswith(f"test accuracy {100 * result.scores.accuracy:.1f} % [")
+    assert (result.folder.parent / "latest").resolve() == result.folder.resolve()
+
+
+@pytest.mark.parametrize("mode", ["head", "full", "probe"])
+def test_the_resolved_recipe_gives_the_same_tensors_bit_for_bit(tiny_recipe, mode):
+    first = run(tiny_recipe(mode, "train.mixup=0.2" if mode == "full" else "seed=1"))
+    again = run(recipe.load(first.folder / "recipe.resolved.yaml"))
+    assert again.folder != first.folder
+    assert_equal_tensors(first.folder, again.folder)
+    np.testing.assert_array_equal(first.predictions.logits, again.predictions.logits)
+
+
+def test_worker_processes_do_not_change_the_result(tiny_recipe):
+    alone = run(tiny_recipe("full"))
+    helped = run(tiny_recipe("full", "train.workers=2"))
+    assert_equal_tensors(alone.folder, helped.folder)
+
+
+@pytest.mark.parametrize("mode", ["head", "full", "probe"])
+def test_predict_gives_the_runs_own_predictions_exactly(tiny_recipe, tmp_path, mode, capsys):
+    result = run(tiny_recipe(mode))
+    theirs = rows(result.folder / "predictions.csv")
+    root = tmp_path / "photos"
+    files = [str(root / r["path"]) for r in theirs]
+    assert predict_main([str(result.folder), *files, "--csv", str(tmp_path / "p.csv")]) == 0
+    ours = rows(tmp_path / "p.csv")
+    assert len(ours) == len(theirs) == 9
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["prediction"] == b["prediction"]
+        columns = [k for k in b if k.startswith("p:")]
+        assert [float(a[k]) for k in columns] == [float(b[k]) for k in columns]
+    assert capsys.readouterr().out.count("%") == 27
+
+
+@pytest.mark.parametrize("mode", ["head", "full"])
+def test_timm_loads_the_product_and_gives_the_same_logits(tiny_recipe, mode):
+    result = run(tiny_recipe(mode))
+    ours, card = product.load(result.folder)
+    x = torch.randn(4, 3, 32, 32)
+    with torch.inference_mode():
+        expected = ours(x)
+        folder = timm.create_model(f"local-dir:{result.folder / 'model'}", pretrained=True).eval()
+        assert torch.equal(folder(x), expected)
+        assert list(folder.pretrained_cfg["label_names"]) == ["blue", "green", "red"]
+        by_file = timm.create_model(
+            "vitflower_ti16",
+            num_classes=3,
+            checkpoint_path=str(result.folder / "model" / "model.safetensors"),
+            **card.options,
+        ).eval()
+        assert torch.equal(by_file(x), expected)
+
+
+def test_a_machine_without_vitft_loads_the_as_timm_export(tiny_recipe):
+    result = run(tiny_recipe("full", "export.as_timm=true"))
+    net, _ = product.load(result.folder)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        expected = net(x)
+    code = (
+        "import sys, torch, timm; "
+        f"net = timm.create_model('local-dir:{result.folder / 'model'}', pretrained=True).eval(); "
+        "assert 'vitft' not in sys.modules; assert type(net).__module__.startswith('timm'); "
+        f"print(net(torch.tensor({x.tolist()})).tolist())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/"
+    )
+    torch.testing.assert_close(torch.tensor(eval(done.stdout)), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_card_says_what_is_needed_to_use_the_model(tiny_recipe):
+    result = run(tiny_recipe("probe"))
+    card = product.read_card(result.folder / "model" / "model.safetensors")
+    assert card.classes == ("blue", "green", "red")
+    assert card.metrics["accuracy"] == result.scores.accuracy
+    assert card.metrics["split"] == "test"
+    assert recipe.parse(card.recipe, "card.yaml", result.folder, []).mode == "probe"
+    assert card.versions["torch"] == torch.__version__
+    assert len(card.hashes["data"]) == 64
+
+
+def test_one_flipped_byte_in_the_product_is_noticed(tiny_recipe):
+    file = run(tiny_recipe("probe")).folder / "model" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 4
+    file.write_bytes(data)
+    with pytest.raises(WeightsError, match=r"ckpt.corrupt.*model.safetensors"):
+        product.load(file)
+
+
+def test_an_unreadable_file_gets_its_row_and_exit_code_3(tiny_recipe, tmp_path, capsys):
+    result = run(tiny_recipe("probe"))
+    broken = tmp_path / "photos" / "red" / "broken.jpg"
+    broken.write_bytes(b"<html>not found</html>")
+    folder = tmp_path / "photos" / "red"
+    assert predict_main([str(result.folder), str(folder), "--csv", str(tmp_path / "p.csv")]) == 3
+    found = rows(tmp_path / "p.csv")
+    assert len(found) == 21
+    (bad,) = [r for r in found if r["error"]]
+    assert bad["path"] == str(broken)
+    assert bad["prediction"] == ""
+    assert bad["error"].startswith("data.not_image")
+    assert "error data.not_image" in capsys.readouterr().out
+
+
+def test_predict_names_every_input_that_is_missing(tiny_recipe, tmp_path):
+    result = run(tiny_recipe("probe"))
+    with pytest.raises(DataError) as e:
+        predict_main([str(result.folder), str(tmp_path / "a.jpg"), str(tmp_path / "b.jpg")])
+    assert len(e.value.faults) == 2
+    assert e.value.faults[0].id == "data.root_missing"
+
+
+def test_batch_composition_does_not_change_a_prediction(tiny_recipe, tmp_path):
+    predictor = Predictor(run(tiny_recipe("probe")).folder, "cpu")
+    files = sorted((tmp_path / "photos").rglob("*.jpg"))
+    together = [a.probabilities for a in predictor(files)]
+    alone = [next(iter(predictor([f]))).probabilities for f in files[:5]]
+    for a, b in zip(together, alone, strict=False):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tiny_recipe):
+    result = run(tiny_recipe("probe"))
+    with (
+        io.lock(result.folder, "test"),
+        pytest.raises(BusyError, match=rf"env.busy.*{os.getpid()}"),
+    ):
+        run(tiny_recipe("probe"), resume=str(result.folder))
+
+
+def test_the_data_are_not_touched(tiny_recipe, tmp_path):
+    def state():
+        return {p: p.read_bytes() for p in sorted((tmp_path / "photos").rglob("*")) if p.is_file()}
+
+    before = state()
+    run(tiny_recipe("full"))
+    assert state() == before
+
+
+def test_what_is_refused_leaves_no_run_folder(tiny_recipe, tmp_path):
+    with pytest.raises(RecipeError, match="model.unknown"):
+        run(tiny_recipe("full", "model.name=vitflower_b17"))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_nothing_to_resume_is_said(tiny_recipe):
+    with pytest.raises(RecipeError, match=r"run.nothing_to_resume.*\n?fix: leave out --resume"):
+        run(tiny_recipe("full"), resume="auto")
+
+
+def test_the_sentence_is_the_only_line_on_stdout(tiny_recipe, tmp_path, capsys):
+    file = tmp_path / "r.yaml"
+    file.write_text(recipe.dump(tiny_recipe("probe")))
+    assert main([str(file)]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == 1
+    assert "· report: " in out[0]
+    assert "· model: " in out[0]
+
+
+def test_plan_measures_and_stops(tiny_recipe, tmp_path, capsys):
+    file = tmp_path / "r.yaml"
+    file.write_text(recipe.dump(tiny_recipe("head")))
+    assert main([str(file), "--plan"]) == 0
+    out = capsys.readouterr().out
+    assert "trainable parameters: 99 of" in out
+    assert "images/s" in out
+    assert "minutes" in out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_print_config_shows_every_default_and_loads_again(tiny_recipe, tmp_path, capsys):
+    file = tmp_path / "r.yaml"
+    file.write_text(recipe.dump(tiny_recipe("head")))
+    assert main([str(file), "--print-config"]) == 0
+    text = capsys.readouterr().out
+    assert "label_smoothing" in text
+    assert recipe.parse(text, "again.yaml", tmp_path, []) == recipe.load(file)
+
+
+def test_the_tutorials_split_has_no_test_and_says_so(tiny_recipe):
+    result = run(tiny_recipe("probe", "data.split=tutorial"))
+    assert result.split == "val"
+    assert result.scores.n == 12
+    assert result.sentence.startswith("val accuracy")
+
+
+def test_online_views_train_the_same_head_through_the_backbone(tiny_recipe):
+    result = run(tiny_recipe("head", "head.views=online"))
+    assert json.loads((result.folder / "metrics.json").read_text())["backbone_frozen"] is True
+    assert len(result.history) == 2
+
+
+def test_a_second_run_reuses_every_feature(tiny_recipe, caplog):
+    run(tiny_recipe("head"))
+    again = run(tiny_recipe("head", "data.val=0.2"))
+    text = (again.folder / "log.txt").read_text()
+    assert "features: 0 computed" in text or "0 computed, " in text
+
+
+def test_a_killed_full_run_is_resumed_to_the_same_bits(tiny_recipe, monkeypatch):
+    from vitft import run as door
+    from vitft.train import Stopped
+
+    options = ["train.checkpoint_minutes=0", "train.ema=0.9", "train.mixup=0.2"]
+    whole = run(tiny_recipe("full", *options))
+    calls = []
+
+    class Stop:
+        def __enter__(self):
+            return lambda: calls.append(1) or (15 if len(calls) == 4 else None)
+
+        def __exit__(self, *args):
+            return None
+
+    monkeypatch.setattr(door, "_polite_stop", lambda folder: Stop())
+    with pytest.raises(Stopped):
+        run(tiny_recipe("full", *options))
+    monkeypatch.undo()
+    resumed = run(tiny_recipe("full", *options), resume="auto")
+    assert resumed.folder != whole.folder
+    assert_equal_tensors(whole.folder, resumed.folder)
