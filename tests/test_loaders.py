@@ -3,6 +3,7 @@
 import hashlib
 import multiprocessing
 import os
+import pickle
 import random
 import re
 import signal
@@ -20,7 +21,7 @@ from timm.data.mixup import Mixup
 from vitft import loaders
 from vitft.errors import DataError, MachineError
 from vitft.images import DecodeSpec
-from vitft.inputs import InputConfig, augmented, derive_seed, permutation, plain, seeded
+from vitft.inputs import InputConfig, augmented, derive_seed, erase, permutation, plain, seeded
 from vitft.loaders import Batches, Photos, worker_count
 
 CPU = torch.device("cpu")
@@ -176,6 +177,16 @@ def test_names_order_and_neighbours_change_no_image(files, tmp_path):
     assert all(torch.equal(got[N - 1 - row], want[row]) for row in range(N))
 
 
+def test_erasing_is_drawn_from_run_epoch_and_content(files):
+    source = photos(files, augmented(CONFIG, SimpleNamespace(augment="plain", reprob=0.7)))
+    whole = by_row(batches(photos(files, plain(CONFIG))))
+    for epoch in (0, 1):
+        for row, image in by_row(batches(source).epoch(epoch)).items():
+            want = whole[row].clone()
+            erase(want, 0.7, derive_seed(3, "erase", epoch, source.sha256[row]))
+            assert torch.equal(image, want)
+
+
 def test_seed_and_epoch_change_every_view(files):
     want = by_row(batches(photos(files)).epoch(1))
     for other in (photos(files, seed=4), photos(files)):
@@ -265,6 +276,24 @@ def test_auto_workers_leave_two_cores_to_the_model(monkeypatch):
         assert worker_count("auto", CPU) == cpu
         assert worker_count("auto", torch.device("cuda")) == cuda
     assert worker_count(3, CPU) == 3
+
+
+def test_photos_survive_the_way_into_a_fresh_process(files):
+    source = photos(files)
+    again = pickle.loads(pickle.dumps(source))
+    assert torch.equal(again[1, 5][0], source[1, 5][0])
+
+
+def test_X25_too_little_shared_memory_is_said_before_a_worker_dies_of_it(files, monkeypatch):
+    usage = SimpleNamespace(free=5 * 4 * 3 * 16 * 16 - 1)
+    monkeypatch.setattr(loaders.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(
+        MachineError, match=r"env.shared_memory\].*2 workers need 0 MiB of /dev/shm"
+    ):
+        batches(photos(files), workers=2)
+    batches(photos(files), workers=0)
+    usage.free += 1
+    batches(photos(files), workers=2)
 
 
 # ---- failures -----------------------------------------------------------------------------------

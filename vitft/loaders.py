@@ -45,6 +45,7 @@ from vitft.inputs import (
 POLL = 2  # seconds between looks at the workers while a batch is awaited
 TIMEOUT = 120.0  # seconds without a batch before the workers are given up
 MAX_WORKERS = 8
+PREFETCH = 2  # batches that each worker holds ready
 
 Key = tuple[int, int]  # (epoch, row)
 Sample = tuple[Tensor, int, int]  # uint8 [3, S, S], label, row
@@ -158,6 +159,7 @@ class Batches:
 
     Raises:
         DataError: `data.no_batches`: not a single step.
+        MachineError: `env.shared_memory`: too little of it for the workers' batches.
     """
 
     def __init__(
@@ -186,7 +188,9 @@ class Batches:
         self._mixup = _mixup(mixup, cutmix, classes)
         self._steps = _Steps()
         self._busy = torch.full((max(self.workers, 1),), -1, dtype=torch.int64)
-        self._busy.share_memory_()  # type: ignore[no-untyped-call]
+        if self.workers:
+            self._busy.share_memory_()  # type: ignore[no-untyped-call]
+            _require_shared_memory(self.workers, batch_size, spec)
         self._side = _side_stream(device)
         self._loader: DataLoader[Any] | None = None
         self._iterator: Iterator[Any] = iter(())
@@ -262,6 +266,7 @@ class Batches:
                 collate_fn=_collate,
                 pin_memory=self.device.type == "cuda",
                 timeout=POLL if self.workers else 0,
+                prefetch_factor=PREFETCH if self.workers else None,
                 persistent_workers=self.workers > 0,
                 # its iterator would draw a seed from the caller's generator otherwise
                 generator=torch.Generator(),
@@ -448,8 +453,26 @@ def _quiet_sigchld() -> Iterator[None]:
         signal.signal(signal.SIGCHLD, before)
 
 
+def _require_shared_memory(workers: int, batch_size: int, spec: TransformSpec) -> None:
+    """Workers that run out of it die of a bus error, which tells nobody why."""
+    height, width = spec.size
+    need = (PREFETCH * workers + 1) * batch_size * 3 * height * width
+    free = _shared_memory_free()
+    if free is not None and free < need:
+        text = f"{workers} workers need {need / 2**20:,.0f} MiB of /dev/shm, "
+        text += f"{free / 2**20:,.0f} MiB are free"
+        fix = "set train.workers: 0, or give the container more (docker run --shm-size=2g)"
+        raise MachineError([Fault("env.shared_memory", "train.workers", text, fix)])
+
+
 def _shared_memory() -> str:
-    """Free shared memory, where batches travel; containers often have 64 MB of it."""
+    """For the text about a dead worker."""
+    free = _shared_memory_free()
+    return "" if free is None else f"; /dev/shm has {free / 2**20:,.0f} MiB free"
+
+
+def _shared_memory_free() -> int | None:
+    """Bytes of shared memory, where batches travel (64 MB in many containers); None: unknown."""
     with suppress(OSError):
-        return f"; /dev/shm has {shutil.disk_usage('/dev/shm').free / 2**20:,.0f} MiB free"
-    return ""
+        return shutil.disk_usage("/dev/shm").free
+    return None
