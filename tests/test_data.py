@@ -14,7 +14,7 @@ import pytest
 from conftest import paint
 from PIL import Image
 
-from vitft import contents, data, images, io
+from vitft import contents, data, images, io, sources
 from vitft.errors import DataError
 from vitft.recipe import DataSpec
 
@@ -84,6 +84,16 @@ def test_a_ledger_that_does_not_add_up_stops_the_run(tiny_photos, change, says):
     ledger = replace(scan(tiny_photos).ledger, **change)
     with pytest.raises(DataError, match=rf"data\.ledger.*{says}"):
         ledger.check()
+
+
+def test_the_scan_itself_stops_on_a_file_that_is_not_accounted_for(tiny_photos, monkeypatch):
+    def lose_one(spec):
+        listing = sources.list_photographs(spec)
+        return replace(listing, found=listing.found + 1)
+
+    monkeypatch.setattr(data, "list_photographs", lose_one)
+    with pytest.raises(DataError, match=r"data\.ledger.*61, but the parts sum to 60"):
+        scan(tiny_photos)
 
 
 # ---- split --------------------------------------------------------------------------------------

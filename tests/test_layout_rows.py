@@ -347,7 +347,7 @@ def test_D18_every_bad_line_of_a_csv_is_listed_with_its_number(two):
         (b"path,label\n", "data.csv_empty", "no rows", "one line per photograph"),
         (b"", "data.csv_columns", "columns here: none", "path,label"),
         ("path,label\nx,a".encode("utf-16"), "data.csv_encoding", "UTF-16", "CSV UTF-8"),
-        (b'path,label\ncat/000.jpg,"cat\n', "data.csv_row", "t.csv:2", "correct"),
+        (b'path,label\ncat/000.jpg,"cat\n', "data.csv_row", "t.csv:2: not CSV", "correct"),
         (b"path,label\nx,1\ny,1.0\n", "data.csv_row", "'1.0' beside label '1'", "both alike"),
     ],
 )
@@ -447,8 +447,9 @@ def test_I8_files_of_other_extensions_are_counted_and_the_top_three_named(two):
         "extension .txt": 3,
         "extension .pdf": 1,
     }
-    assert ledger.warnings[0].startswith(
-        "7 files ignored by their extension: .txt (3), .jpeg_large (2), none (1)"
+    assert ledger.warnings[0] == (
+        "7 files ignored by their extension: .txt (3), .jpeg_large (2), none (1); "
+        "data.extensions: [.jpeg_large, .jpg, .txt] would read these too"
     )
     assert (ledger.found, ledger.used) == (27, 20)
 

@@ -240,12 +240,15 @@ class _Tree:
     def remarks(self) -> list[str]:
         """What the walk left out or followed, in words."""
         lines = []
-        endings = Counter({k: n for k, n in self.ignored.items() if k.startswith("extension ")})
+        endings = Counter({k[10:]: n for k, n in self.ignored.items() if k[:10] == "extension "})
         if endings:
-            top = ", ".join(f"{k[10:]} ({n:,})" for k, n in endings.most_common(3))
+            top = endings.most_common(3)
+            told = ", ".join(f"{ending} ({n:,})" for ending, n in top)
+            read = {os.path.splitext(f)[1].lower() for f in self.files}  # noqa: PTH122
+            want = sorted({*read, *(ending for ending, _ in top if ending != "none")})
             lines.append(
-                f"{endings.total():,} files ignored by their extension: {top}; "
-                "data.extensions accepts further ones"
+                f"{endings.total():,} files ignored by their extension: {told}; "
+                f"data.extensions: [{', '.join(want)}] would read these too"
             )
         if self.again:
             lines.append(
@@ -400,7 +403,7 @@ def _closed(path: str | Path, error: OSError, id: str) -> Fault:
 def _nothing_found(tree: _Tree) -> Fault:
     left_out = ", ".join(f"{k} ({n:,})" for k, n in tree.ignored.most_common(3)) or "no files"
     text = f"no photograph in {len(tree.dirs):,} folders; met {left_out}"
-    fix = "name the folder that holds one folder per class; data.extensions accepts other endings"
+    fix = "name the folder that holds one folder per class; data.extensions names other endings"
     return Fault("data.root_empty", str(tree.root), text, fix)
 
 
