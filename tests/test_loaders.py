@@ -373,6 +373,25 @@ def test_X9_a_killed_worker_is_a_fault_of_the_machine_that_names_the_file(files,
     assert signal.getsignal(signal.SIGCHLD) == handler
 
 
+def test_a_workers_death_never_surfaces_in_the_midst_of_a_training_step(
+    files, monkeypatch, no_child_left
+):
+    monkeypatch.setattr(torch.utils.data._utils.signal_handling, "_SIGCHLD_handler_set", False)
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        loaded = batches(photos(files, plain(CONFIG)), workers=2, batch_size=1)
+        steps = loaded.epoch(0)
+        next(steps)
+        assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, signal.SIGKILL)
+        time.sleep(0.5)  # the step, in which torch would raise
+        with pytest.raises(MachineError, match="env.worker_died"):
+            list(steps)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
 def test_X11_a_hanging_worker_is_given_up_with_the_file_it_reads(files, monkeypatch, no_child_left):
     monkeypatch.setattr(loaders, "POLL", 0.2)
     loaded = failing(files, lambda: time.sleep(600), workers=2, timeout=1.0)
@@ -404,6 +423,26 @@ def test_after_a_death_the_next_epoch_starts_new_workers(files, tmp_path, no_chi
         list(loaded.epoch(0))
     want = batches(photos(files, plain(CONFIG)), shuffle=False)
     assert equal(loaded.epoch(0), want.epoch(0))
+    loaded.close()
+
+
+def test_workers_killed_between_epochs_are_replaced(files, no_child_left):
+    want = batches(photos(files, plain(CONFIG)))
+    loaded = batches(photos(files, plain(CONFIG)), workers=2)
+    assert equal(loaded.epoch(0), want.epoch(0))
+    for child in multiprocessing.active_children():
+        os.kill(child.pid, signal.SIGKILL)
+    assert equal(loaded.epoch(1), want.epoch(1))
+    loaded.close()
+
+
+def test_workers_busy_with_an_epoch_left_early_are_replaced(files, monkeypatch, no_child_left):
+    monkeypatch.setattr(loaders, "POLL", 0.2)
+    loaded = failing(files, lambda: time.sleep(2), workers=1, timeout=20.0)
+    next(loaded.epoch(0))
+    want = batches(photos(files, plain(CONFIG)), shuffle=False)
+    rows = np.arange(8, 16)
+    assert equal(loaded.epoch(0, rows=rows), want.epoch(0, rows=rows))
     loaded.close()
 
 

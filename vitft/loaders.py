@@ -257,22 +257,30 @@ class Batches:
             yield item
 
     def _start(self) -> None:
-        if self._loader is None:
-            self._busy.fill_(-1)
-            self._loader = DataLoader(
-                _Tasks(self.photos, self._busy),
-                batch_sampler=self._steps,
-                num_workers=self.workers,
-                collate_fn=_collate,
-                pin_memory=self.device.type == "cuda",
-                timeout=POLL if self.workers else 0,
-                prefetch_factor=PREFETCH if self.workers else None,
-                persistent_workers=self.workers > 0,
-                # its iterator would draw a seed from the caller's generator otherwise
-                generator=torch.Generator(),
-            )
         with _quiet_sigchld():
+            if self._loader is not None:
+                # fails where workers died since, or are still busy with an epoch left early
+                with suppress(RuntimeError):
+                    self._iterator = iter(self._loader)
+                    return
+                self.close()
+            self._busy.fill_(-1)
+            self._loader = self._new_loader()
             self._iterator = iter(self._loader)
+
+    def _new_loader(self) -> DataLoader[Any]:
+        return DataLoader(
+            _Tasks(self.photos, self._busy),
+            batch_sampler=self._steps,
+            num_workers=self.workers,
+            collate_fn=_collate,
+            pin_memory=self.device.type == "cuda",
+            timeout=POLL if self.workers else 0,
+            prefetch_factor=PREFETCH if self.workers else None,
+            persistent_workers=self.workers > 0,
+            # its iterator would draw a seed from the caller's generator otherwise
+            generator=torch.Generator(),
+        )
 
     def _next(self) -> Any:
         """The next item, None at the end; waits in short turns, and looks at the workers each."""
