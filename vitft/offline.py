@@ -89,9 +89,7 @@ def _weights_can_be_had(recipe: Recipe) -> bool:
 
 
 def _data_can_be_had(root: str) -> bool:
-    if root not in fetch.DATASETS:
-        return True
-    return fetch.cached(root) is not None or fetch.reachable(fetch.host(root), timeout=PATIENCE)
+    return root not in fetch.DATASETS or fetch.available(root, PATIENCE)
 
 
 def _missing_weights(recipe: Recipe) -> Fault:

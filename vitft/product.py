@@ -5,7 +5,6 @@ metrics); `config.json` lets timm open the folder as `local-dir:`. Written whole
 """
 
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -118,8 +117,8 @@ def _timm_config(
         "crop_pct": config.crop_pct,
         "crop_mode": config.crop_mode,
     }
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "config.json"
+    with io.scratch_dir() as scratch:
+        path = scratch / "config.json"
         save_config_for_hf(
             net, str(path), model_config={"label_names": list(card.classes)}, data_config=data
         )
