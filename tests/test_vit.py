@@ -371,6 +371,8 @@ def test_classifier_is_replaced_on_request_only():
     assert ours.get_classifier() is ours.head
     ours.reset_classifier(9, "avg")
     assert ours.head.weight.shape == (9, 32)
+    assert not ours.head.bias.any()
+    assert ours.head.weight.abs().max() < 0.1  # std 0.02; torch's own start would reach 0.17
     assert ours.head.weight.dtype is torch.float64
     assert isinstance(ours.norm, nn.LayerNorm)  # the norm stays before the pooling
     assert ours(images().double()).shape == (2, 9)

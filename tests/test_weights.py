@@ -85,7 +85,7 @@ def payloads(marker):
         "builtins.eval": Payload(eval, touch),
         "builtins.exec": Payload(exec, touch),
         "builtins.open": Payload(builtins.open, str(marker), "w"),
-        "importlib.import_module": Payload(importlib.import_module, "antigravity"),
+        "importlib.import_module": Payload(importlib.import_module, "this"),
     }
 
 

@@ -10,6 +10,7 @@ Source: Dosovitskiy et al., An Image is Worth 16x16 Words, 2021 (arXiv 2010.1192
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -426,61 +427,43 @@ class VisionTransformer(nn.Module):
 
         self.cls_token = _tokens(1, embed_dim, factory) if class_token else None
         self.reg_token = _tokens(reg_tokens, embed_dim, factory) if reg_tokens else None
-        self.patch_embed = PatchEmbed(
-            img_size,
-            patch_size,
-            in_chans,
-            embed_dim,
-            bias=not pre_norm,
-            strict_img_size=not dynamic_img_size,
-            **factory,
-        )
+        cut = {"bias": not pre_norm, "strict_img_size": not dynamic_img_size}
+        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim, **cut, **factory)
         self._add_positions(factory)
         self.pos_drop = nn.Dropout(pos_drop_rate)
-        self.patch_drop = (
-            PatchDropout(patch_drop_rate, num_prefix_tokens=self.num_prefix_tokens)
-            if patch_drop_rate > 0
-            else nn.Identity()
-        )
+        self.patch_drop: nn.Module = nn.Identity()
+        if patch_drop_rate > 0:
+            self.patch_drop = PatchDropout(
+                patch_drop_rate, num_prefix_tokens=self.num_prefix_tokens
+            )
 
         def norm(wanted: bool) -> nn.Module:
             return nn.LayerNorm(embed_dim, norm_eps, **factory) if wanted else nn.Identity()
 
         self.norm_pre = norm(pre_norm)
-        self.blocks = nn.Sequential(
-            *(
-                Block(
-                    embed_dim,
-                    num_heads,
-                    mlp_ratio=mlp_ratio,
-                    qkv_bias=qkv_bias,
-                    init_values=init_values,
-                    act=ACTIVATIONS[act_layer],
-                    norm_eps=norm_eps,
-                    proj_drop=proj_drop_rate,
-                    attn_drop=attn_drop_rate,
-                    drop_path=drop_path_rate * i / max(depth - 1, 1),
-                    **factory,
-                )
-                for i in range(depth)
-            )
+        block = partial(
+            Block,
+            embed_dim,
+            num_heads,
+            mlp_ratio=mlp_ratio,
+            qkv_bias=qkv_bias,
+            init_values=init_values,
+            act=ACTIVATIONS[act_layer],
+            norm_eps=norm_eps,
+            proj_drop=proj_drop_rate,
+            attn_drop=attn_drop_rate,
+            **factory,
         )
-        self.feature_info = [
-            {
-                "module": f"blocks.{i}",
-                "num_chs": embed_dim,
-                "reduction": self.patch_embed.feat_ratio(),
-            }
-            for i in range(depth)
-        ]
+        deepest = max(depth - 1, 1)
+        self.blocks = nn.Sequential(
+            *(block(drop_path=drop_path_rate * i / deepest) for i in range(depth))
+        )
+        info = {"num_chs": embed_dim, "reduction": self.patch_embed.feat_ratio()}
+        self.feature_info = [{"module": f"blocks.{i}"} | info for i in range(depth)]
         norm_after_pool = global_pool == "avg" if fc_norm is None else fc_norm
         self.norm = norm(not norm_after_pool)
         self.fc_norm = norm(norm_after_pool)
-        self.pre_logits: nn.Module = nn.Identity()
-        if representation_size:
-            self.pre_logits = nn.Sequential()
-            self.pre_logits.add_module("fc", nn.Linear(embed_dim, representation_size, **factory))
-            self.pre_logits.add_module("act", nn.Tanh())
+        self.pre_logits = _pre_logits(embed_dim, representation_size, factory)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = self._new_head(factory)
         self.init_weights()
@@ -770,6 +753,15 @@ def _taken(depth: int, indices: int | Sequence[int] | None) -> tuple[list[int], 
     wanted = indices if indices is None or isinstance(indices, int) else list(indices)
     taken, last = feature_take_indices(depth, wanted)
     return list(taken), last
+
+
+def _pre_logits(width: int, size: int | None, factory: dict[str, Any]) -> nn.Module:
+    if not size:
+        return nn.Identity()
+    layers = nn.Sequential()
+    layers.add_module("fc", nn.Linear(width, size, **factory))
+    layers.add_module("act", nn.Tanh())
+    return layers
 
 
 def _tokens(count: int, width: int, factory: dict[str, Any]) -> nn.Parameter:
