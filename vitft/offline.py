@@ -48,7 +48,8 @@ def settle(recipe: Recipe, *, fallback: bool = True) -> Settled:
     if not _weights_can_be_had(recipe):
         instead = recipe.offline.model
         if fallback and instead is not None:
-            changes["model"] = recipe.model.model_copy(update=instead.model_dump() | {"sha256": None})
+            stand_in = instead.model_dump() | {"sha256": None}
+            changes["model"] = recipe.model.model_copy(update=stand_in)
             warnings.append(
                 f"OFFLINE FALLBACK: weights {recipe.model.weights} are neither cached nor "
                 f"reachable; "

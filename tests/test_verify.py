@@ -1,0 +1,80 @@
+"""A run is verified against itself, and everything that changed is named."""
+
+import json
+
+import pytest
+
+from vitft.errors import DataError
+from vitft.run import run
+from vitft.verify import main, verify
+
+
+@pytest.fixture
+def finished(tiny_recipe):
+    return run(tiny_recipe("head", "train.epochs=1")).folder
+
+
+def named(folder):
+    return {c.name: c for c in verify(folder, "cpu")}
+
+
+def test_an_untouched_run_is_what_it_says(finished, capsys):
+    assert main([str(finished), "--device", "cpu"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in out] == [
+        ["same", "photographs:"],
+        ["same", "weights:"],
+        ["same", "model:"],
+        ["same", "predictions:"],
+        ["same", "accuracy:"],
+    ]
+    assert "largest difference of a probability 0.0e+00" in out[3]
+
+
+def test_a_changed_and_a_missing_photograph_are_named(finished, tmp_path, capsys):
+    red = tmp_path / "photos" / "red"
+    (red / "red_00.jpg").write_bytes((red / "red_01.jpg").read_bytes())
+    (red / "red_02.jpg").unlink()
+    assert main([str(finished), "--device", "cpu"]) == 3
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line.startswith("CHANGED photographs: 60 photographs")
+    assert "1 changed: red/red_00.jpg" in line
+    assert "1 missing: red/red_02.jpg" in line
+
+
+def test_a_flipped_byte_in_the_product_ends_the_comparison(finished):
+    file = finished / "model" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+    checks = named(finished)
+    assert not checks["model"].ok
+    assert "model.safetensors" in checks["model"].text
+    assert "predictions" not in checks
+
+
+def test_numbers_that_were_changed_by_hand_are_found(finished):
+    file = finished / "metrics.json"
+    stored = json.loads(file.read_text())
+    stored["test"]["accuracy"] = 0.985
+    file.write_text(json.dumps(stored))
+    check = named(finished)["accuracy"]
+    assert not check.ok
+    assert "metrics.json says 0.9850" in check.text
+
+
+def test_a_changed_prediction_is_named(finished):
+    file = finished / "predictions.csv"
+    lines = file.read_text().splitlines()
+    cells = lines[1].split(",")
+    cells[2] = next(c for c in ("red", "green", "blue") if c != cells[2])
+    file.write_text("\n".join([lines[0], ",".join(cells), *lines[2:]]) + "\n")
+    check = named(finished)["predictions"]
+    assert not check.ok
+    assert f"1 now answered otherwise: {cells[0]}" in check.text
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"run.not_a_run.*metrics.json: is not there") as e:
+        verify(tmp_path)
+    assert len(e.value.faults) == 4
