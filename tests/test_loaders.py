@@ -107,13 +107,6 @@ def test_pixels_equal_timms_own_loader(files):
     assert (got - want).abs().max() <= 1e-6
 
 
-def test_a_mean_of_ones_own_replaces_the_transforms(files):
-    source = photos(files, plain(CONFIG))
-    loaded = batches(source, shuffle=False, batch_size=1, mean=(0.0,) * 3, std=(1.0,) * 3)
-    x, _, _ = next(loaded.epoch(0))
-    assert torch.equal(x[0] * 255, source[0, 0][0].float())
-
-
 def test_only_the_rows_asked_for_are_loaded_and_look_as_ever(files):
     loaded = batches(photos(files))
     everything = by_row(loaded.epoch(1))

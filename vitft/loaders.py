@@ -18,7 +18,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -148,8 +147,6 @@ class Batches:
         seed: Of the run; orders and mixes.
         shuffle: A new order each epoch, or that of the rows.
         device: Where batches go.
-        mean: Per channel, 0 to 1; that of the transform where None.
-        std: Per channel, 0 to 1; that of the transform where None.
         workers: Processes that decode, 0 for this one, or `auto`.
         mixup: Alpha of the beta distribution; 0 is off.
         cutmix: Alpha of the beta distribution; 0 is off.
@@ -170,8 +167,6 @@ class Batches:
         seed: int,
         shuffle: bool,
         device: torch.device,
-        mean: tuple[float, float, float] | None = None,
-        std: tuple[float, float, float] | None = None,
         workers: int | str = "auto",
         mixup: float = 0.0,
         cutmix: float = 0.0,
@@ -181,8 +176,7 @@ class Batches:
     ) -> None:
         self.photos, self.batch_size, self.seed = photos, batch_size, seed
         self.shuffle, self.device, self.drop_last = shuffle, device, drop_last
-        spec = photos.transform
-        self.transform = replace(spec, mean=mean or spec.mean, std=std or spec.std)
+        self.transform = photos.transform
         self.workers = worker_count(workers, device)
         self.timeout = timeout
         self._mixup = _mixup(mixup, cutmix, classes)
@@ -190,7 +184,7 @@ class Batches:
         self._busy = torch.full((max(self.workers, 1),), -1, dtype=torch.int64)
         if self.workers:
             self._busy.share_memory_()  # type: ignore[no-untyped-call]
-            _require_shared_memory(self.workers, batch_size, spec)
+            _require_shared_memory(self.workers, batch_size, self.transform)
         self._side = _side_stream(device)
         self._loader: DataLoader[Any] | None = None
         self._iterator: Iterator[Any] = iter(())

@@ -70,8 +70,6 @@ class Prepared:
             seed=self.recipe.seed,
             shuffle=train,
             device=self.device,
-            mean=self.config.mean,
-            std=self.config.std,
             workers=spec.workers,
             mixup=spec.mixup if train else 0.0,
             cutmix=spec.cutmix if train else 0.0,
