@@ -158,11 +158,12 @@ def test_D6_nested_folders_are_refused_with_both_readings(tmp_path):
         "12 images lie deeper than one folder, such as eu/cat/000.jpg",
         "leaf gives 2 classes ('cat', 'dog')",
         "path gives 4 classes ('eu/cat', 'eu/dog', 'us/cat' and 1 more)",
-        fix="data.class_from: leaf or path",
+        fix="data.class_from: top, leaf or path",
     )
     assert len(error.faults) == 1
     assert scan(tmp_path / "r", class_from="leaf").classes == ("cat", "dog")
     assert scan(tmp_path / "r", class_from="path").classes[0] == "eu/cat"
+    assert scan(tmp_path / "r", class_from="top").classes == ("eu", "us")
 
 
 def hash_of(text: str) -> int:

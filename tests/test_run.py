@@ -294,3 +294,10 @@ def test_a_killed_full_run_is_resumed_to_the_same_bits(tiny_recipe, monkeypatch)
     resumed = run(tiny_recipe("full", *options), resume="auto")
     assert resumed.folder != whole.folder
     assert_equal_tensors(whole.folder, resumed.folder)
+
+
+def test_a_run_is_never_written_below_the_data(tiny_recipe, tmp_path):
+    inside = tmp_path / "photos" / "runs"
+    with pytest.raises(RecipeError, match=r"run.below_data\] .*photos/runs.*\nfix: start it in"):
+        run(tiny_recipe("full", f"output={inside}"))
+    assert not inside.exists()

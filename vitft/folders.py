@@ -77,7 +77,7 @@ def read_folders(
     root: Path,
     *,
     split: str,
-    class_from: str = "top",
+    class_from: str = "auto",
     extensions: Sequence[str] = (),
     follow_links: bool = True,
     allow_empty: bool = False,
@@ -87,9 +87,9 @@ def read_folders(
     Args:
         root: The folder.
         split: `auto` and `folders` look for `train/ val/ test/`; all else reads class folders.
-        class_from: `top`: one folder per class and nothing deeper; `leaf`: the folder around the
-            file; `path`: all folders on the way, such as `eu/cat`.
-        extensions: Read only files that end so, in lower case; empty: all that are known.
+        class_from: `auto`: one folder per class and nothing deeper; `top`: the first folder;
+            `leaf`: the folder around the file; `path`: all folders, such as `eu/cat`.
+        extensions: Endings of photographs beside the known ones.
         follow_links: Enter symbolic links; each folder is still read only once.
         allow_empty: Keep a class whose folder holds no photograph.
 
@@ -321,7 +321,7 @@ def _entries(tree: _Tree, part: _Part, class_from: str) -> list[Entry]:
     deep = [p for p in cut if len(p) > 2]
     if loose:
         tree.faults.append(_loose_fault(tree.root / part.folder, loose))
-    if deep and class_from == "top":
+    if deep and class_from == "auto":
         tree.faults.append(_nested_fault(tree.root / part.folder, cut, deep))
     return [
         Entry(prefix + "/".join(p), _label(p, class_from), part.split) for p in cut if len(p) > 1
@@ -343,7 +343,7 @@ def _empty_classes(tree: _Tree, parts: list[_Part], class_from: str) -> set[str]
             full = {p[:k] for p in part.inside(tree.files) for k in range(1, len(p))}
             parents = {d[:-1] for d in dirs}
             bare = [d for d in dirs if d not in full]
-            if class_from == "top":
+            if class_from in ("auto", "top"):
                 empty |= {d[0] for d in bare if len(d) == 1}
             else:
                 empty |= {_label((*d, ""), class_from) for d in bare if d not in parents}
@@ -414,11 +414,11 @@ def _loose_fault(folder: Path, loose: list[str]) -> Fault:
 
 def _nested_fault(folder: Path, cut: list[tuple[str, ...]], deep: list[tuple[str, ...]]) -> Fault:
     readings = {
-        way: sorted({_label(p, way) for p in cut if len(p) > 1}) for way in ("leaf", "path")
+        way: sorted({_label(p, way) for p in cut if len(p) > 1}) for way in ("top", "leaf", "path")
     }
     told = "; ".join(f"{way} gives {len(c):,} classes ({_some(c)})" for way, c in readings.items())
     text = f"{len(deep):,} images lie deeper than one folder, such as {'/'.join(deep[0])}: {told}"
-    return Fault("data.nested", str(folder), text, "set data.class_from: leaf or path")
+    return Fault("data.nested", str(folder), text, "set data.class_from: top, leaf or path")
 
 
 def _empty_fault(root: Path, name: str) -> Fault:

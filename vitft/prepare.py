@@ -110,7 +110,7 @@ def prepare(recipe: Recipe, *, fallback: bool = True) -> Prepared:
         config=built.input,
         report=built.report,
         device=device,
-        decode=decode_spec(recipe.data),
+        decode=data.decode_spec(recipe.data),
         plain_transform=plain(built.input, kind),
         train_transform=augmented(built.input, recipe.train, kind),
         warnings=settled.warnings + tuple(index.ledger.warnings),
@@ -135,18 +135,6 @@ def scan(recipe: Recipe) -> data.Index:
                 "raise data.val and data.test, or add photographs",
             )
     return index
-
-
-def decode_spec(spec: DataSpec) -> DecodeSpec:
-    """The recipe's rules for turning files into pixels."""
-    return DecodeSpec(
-        max_pixels=spec.max_pixels,
-        max_aspect=spec.max_aspect,
-        background=spec.background,
-        bit_range=spec.bit_range,
-        icc=spec.icc,
-        frames=spec.frames,
-    )
 
 
 def transform_kind(spec: DataSpec) -> str:

@@ -82,7 +82,7 @@ def run(
     """
     started = time.monotonic()
     p = prepare.prepare(spec, fallback=fallback)  # what is refused here leaves no folder behind
-    folder = _folder(spec, resume)
+    folder = _folder(spec, resume, p.index.root)
     with io.lock(folder, f"vitft run {spec.name}"):
         console.setup(log_file=folder / "log.txt")
         try:
@@ -113,8 +113,12 @@ def _run(
 # -- the folder -----------------------------------------------------------------------------------
 
 
-def _folder(spec: Recipe, resume: str | None) -> Path:
+def _folder(spec: Recipe, resume: str | None, data_root: Path) -> Path:
     base = Path(spec.output or "runs") / spec.name
+    if base.resolve().is_relative_to(data_root.resolve()):
+        text = f"the run would be written below the data, {data_root}"
+        fix = "start it in another folder, or set output"
+        raise RecipeError.of("run.below_data", base, text, fix)
     if resume is not None:
         return _unfinished(base) if resume == "auto" else Path(resume)
     stamp = time.strftime("%Y%m%d-%H%M%S")

@@ -110,7 +110,7 @@ Augment = Annotated[
     Rule("tutorial, plain or a timm policy such as rand-m9-mstd0.5"),
 ]
 Suffix = Annotated[
-    str, Strict(), Field(pattern=r"^\.[a-z0-9]{1,8}$"), Rule("a lower-case suffix such as .jpg")
+    str, Strict(), Field(pattern=r"^\.[a-z0-9_+-]{1,16}$"), Rule("a lower-case suffix such as .jpg")
 ]
 Sha256 = Annotated[
     str,
@@ -206,11 +206,13 @@ class DataSpec(Section):
         default=200.0, description="Longer ones (long side / short side) are refused."
     )
     extensions: tuple[Suffix, ...] = Field(
-        default=(), description="Only files with these suffixes; empty: every image format we read."
+        default=(),
+        description="Further suffixes of photographs, beside the usual ones, such as .jpeg_large.",
     )
-    class_from: Literal["top", "leaf", "path"] = Field(
-        default="top",
-        description="Class of a nested file: first folder, last folder, or whole path.",
+    class_from: Literal["auto", "top", "leaf", "path"] = Field(
+        default="auto",
+        description="Class of a nested file: `top` (first folder), `leaf` (last folder) or `path` "
+        "(all of it); `auto`: nested files are an error that shows these readings.",
     )
     allow_empty: Flag = Field(
         default=False, description="Accept class folders without photographs."
