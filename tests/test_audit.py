@@ -125,14 +125,16 @@ def flip(bits, count):
 @pytest.mark.parametrize(
     ("bits", "distance", "expected"),
     [
-        (8, 3.0, True),  # the fingerprint alone
-        (9, 3.0, False),
-        (16, 0.9, True),  # with a near neighbour's features
-        (17, 0.9, False),
-        (32, 0.35, True),
+        (8, 2.5, True),  # the fingerprint alone
+        (9, 2.5, False),
+        (16, 1.9, True),  # features that are not far
+        (17, 1.9, False),
+        (32, 0.35, True),  # features that are near
         (33, 0.35, False),
-        (60, 0.15, True),  # features alone
-        (60, 0.25, False),
+        (40, 0.28, True),
+        (41, 0.28, False),
+        (60, 0.1, True),  # features alone
+        (60, 0.15, False),
     ],
 )
 def test_every_rule_holds_up_to_its_bounds(bits, distance, expected):
@@ -141,11 +143,12 @@ def test_every_rule_holds_up_to_its_bounds(bits, distance, expected):
     n = 41
     prints = generator.integers(0, 2**63, (n, 2), np.uint64)
     prints[1] = flip(prints[0], bits).tolist() if bits <= 64 else prints[1]
-    rows = np.zeros((n, n + 1))
-    rows[:, 0] = np.sqrt(0.5)  # every two photographs: cosine .5, typical distance .5
+    rows = np.zeros((n, n + 2))
+    rows[:, 0] = np.sqrt(0.5)  # every two photographs: cosine .5, distance .5
     rows[np.arange(n), np.arange(n) + 1] = np.sqrt(0.5)
-    angle = np.arccos(np.clip((0.5 - 0.5 * distance) / 0.5, -1, 1))
-    rows[1, 1:3] = np.sqrt(0.5) * np.array([np.cos(angle), np.sin(angle)])
+    cosine = 1 - 0.5 * distance
+    rows[1] = cosine * rows[0]
+    rows[1, -1] = np.sqrt(1 - cosine**2)
     links = audit.link([str(i) for i in range(n)], audit.Prints(prints, np.ones(n, bool)), rows)
     assert (links.group[0] == links.group[1]) == expected
     assert links.found == int(expected)
