@@ -23,6 +23,8 @@ FLOORS = (
     # a whole run
     "prepare",
     "learn",
+    "findings",
+    "chapters",
     "writeup cli",
     # doors
     "run predict check verify",

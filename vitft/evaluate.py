@@ -3,7 +3,7 @@
 Test photographs pass here once. Nothing is dropped: as many predictions leave as photographs came.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vitft.stats import Interval, wilson
+
+FIXED_BATCH = 32  # the one shape of every forward whose result is compared: cache, run, predict
 
 
 @dataclass(frozen=True)
@@ -97,9 +99,21 @@ def predict(
     logits, labels = [], []
     for x, y, _ in batches:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
-            logits.append(net(x).float().cpu())  # [B, C]
+            logits.append(in_fixed_shape(net, x).float().cpu())  # [B, C]
         labels.append(y.cpu())
     return Predictions(torch.cat(logits).numpy(), torch.cat(labels).numpy())
+
+
+def in_fixed_shape(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A forward over at most `FIXED_BATCH` rows, padded to that number.
+
+    One shape means one algorithm in the libraries below, so that a row's result does not depend on
+    how many others came with it.
+    """
+    n = len(x)
+    if n < FIXED_BATCH:
+        x = torch.cat([x, x[:1].expand(FIXED_BATCH - n, *x.shape[1:])])
+    return forward(x)[:n]
 
 
 def score(predictions: Predictions, classes: Sequence[str]) -> Scores:

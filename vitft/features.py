@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from vitft.console import say, track
 from vitft.errors import VitftError
+from vitft.evaluate import FIXED_BATCH, in_fixed_shape
 from vitft.inputs import derive_seed, permutation
 from vitft.loaders import Batches, Photos
 from vitft.store import Key, Space, make_key
 
-FIXED_BATCH = 32  # the one shape of every forward whose result is compared: cache, run, predict
 FLUSH = 2.0  # seconds of work that a kill may lose
 
 
@@ -166,6 +166,12 @@ def checked_backbone(net: nn.Module) -> Callable[[Tensor], Tensor]:
     return backbone
 
 
+def backbone_of(net: Any) -> Callable[[Tensor], Tensor]:
+    """Images -> what the head of a timm model reads."""
+    short = getattr(net, "forward_class_token", None)
+    return lambda x: _read(net, short, x)
+
+
 def _read(net: Any, short: Callable[[Tensor], Tensor] | None, x: Tensor) -> Tensor:
     if short is not None:
         return short(x)
@@ -183,14 +189,6 @@ def _check(net: Any, rows: Tensor, x: Tensor) -> None:
         text = f"its head on its features is not the model (relative difference {gap:.1e})"
         fix = "use mode: full, or another timm model"
         raise VitftError.of("model.features", type(net).__name__, text, fix)
-
-
-def in_fixed_shape(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """A forward over at most `FIXED_BATCH` rows, padded to that number."""
-    n = len(x)
-    if n < FIXED_BATCH:
-        x = torch.cat([x, x[:1].expand(FIXED_BATCH - n, *x.shape[1:])])
-    return forward(x)[:n]
 
 
 @torch.inference_mode()

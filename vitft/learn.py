@@ -9,10 +9,12 @@ photographs are not touched here.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from vitft import evaluate, features, model, train
@@ -21,7 +23,13 @@ from vitft.console import say
 from vitft.errors import VitftError
 from vitft.evaluate import Predictions
 from vitft.features import Features
+from vitft.inputs import derive_seed
 from vitft.prepare import Prepared, batch_size, class_weight
+
+MIDDLE = 1e-2  # strength where none was chosen: on flowers within the plateau of the path
+
+Rows = NDArray[np.float32]
+Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -33,12 +41,14 @@ class Learned:
         best: The record that val chose.
         features: Split -> plain features [1, N, D] where the mode computed them.
         backbone_frozen: The backbone's hash was equal before and after; None in mode full.
+        train_views: Features [V, N, D] the head was trained on, where it was.
     """
 
     history: tuple[dict[str, Any], ...]
     best: dict[str, Any]
     features: dict[str, Features]
     backbone_frozen: bool | None
+    train_views: Features | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +77,7 @@ def learn(p: Prepared, hooks: Hooks) -> Learned:
     if model.backbone_fingerprint(p.net) != before:
         text = "the frozen backbone's sha256 changed during training"
         raise VitftError.of("train.not_frozen", p.recipe.model.name, text, "report this as a bug")
-    return Learned(learned.history, learned.best, learned.features, True)
+    return replace(learned, backbone_frozen=True)
 
 
 def _probe(p: Prepared, hooks: Hooks) -> Learned:
@@ -108,16 +118,20 @@ def _head(p: Prepared, hooks: Hooks) -> Learned:
     cached = extract(p, "train", views=views)
     if views == 1:
         seen["train"] = cached
-    rows = features.Views(
+    rows = _view_batches(p, cached, p.recipe.seed)
+    _init_head(p, lambda: cached)
+    result = _fit(p, model.classifier(p.net), rows, hooks, val=seen["val"])
+    return Learned(result.history, result.best, seen, None, cached)
+
+
+def _view_batches(p: Prepared, cached: Features, seed: int) -> features.Views:
+    return features.Views(
         cached,
         batch_size=batch_size(p.recipe.train, p.device),
-        seed=p.recipe.seed,
+        seed=seed,
         device=p.device,
         names=p.photos("train").files,
     )
-    _init_head(p, lambda: cached)
-    result = _fit(p, model.classifier(p.net), rows, hooks, val=seen["val"])
-    return Learned(result.history, result.best, seen, None)
 
 
 def _full(p: Prepared, hooks: Hooks) -> Learned:
@@ -213,3 +227,51 @@ def extract(p: Prepared, split: str, *, views: int = 1) -> Features:
 def head_predictions(head: nn.Module, rows: Features, device: torch.device) -> Predictions:
     """A head over plain features, as prediction computes it."""
     return Predictions(features.head_logits(head, rows.x[0], device), rows.y)
+
+
+def head_fit(p: Prepared, learned: Learned) -> Callable[[Rows, Ints, Rows], NDArray[np.float64]]:
+    """(x, y, other x) -> logits of the other rows, from a linear head solved on (x, y).
+
+    The strength is the one that val chose in mode probe, elsewhere a middle one.
+    """
+    from vitft import probe
+
+    strength = float(learned.best.get("strength", MIDDLE))
+
+    def fit(x: Rows, y: Ints, others: Rows) -> NDArray[np.float64]:
+        solved = probe.logistic_path(
+            x,
+            y,
+            x[:1],
+            y[:1],
+            classes=len(p.index.classes),
+            strengths=(strength,),
+            tol=1e-4,
+            max_iter=p.recipe.probe.max_iter,
+            device=p.device,
+        )
+        return np.asarray(others @ solved.weight.T + solved.bias, dtype=np.float64)
+
+    return fit
+
+
+def band_of_heads(p: Prepared, learned: Learned) -> list[float]:
+    """Accuracies on the scored split of heads that differ in the seed alone; [] where none can.
+
+    Cached features make it cheap; a solved probe has no seed, a trained backbone is trained once.
+    """
+    if p.recipe.mode != "head" or learned.train_views is None:
+        return []
+    scored = learned.features.get(p.test_split) or extract(p, p.test_split)
+    val, out = learned.features["val"], []
+    for k in range(1, p.recipe.trust.head_seeds + 1):
+        head = nn.Linear(scored.x.shape[2], len(p.index.classes))
+        with torch.random.fork_rng([]):
+            torch.manual_seed(derive_seed(p.recipe.seed, "band", k))
+            nn.init.trunc_normal_(head.weight, std=0.02)
+            nn.init.zeros_(head.bias)
+        rows = _view_batches(p, learned.train_views, derive_seed(p.recipe.seed, "band", k))
+        quiet = Hooks(lambda record: None, None, lambda: None, None)
+        _fit(p, head.to(p.device), rows, quiet, val=val)
+        out.append(evaluate.accuracy(head_predictions(head, scored, p.device)))
+    return out

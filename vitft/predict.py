@@ -23,11 +23,14 @@ from torch import Tensor, nn
 
 from vitft import console, evaluate, images, io, product
 from vitft.console import say, track
+from vitft.doubt import Foreign
 from vitft.errors import DataError, escape
-from vitft.features import FIXED_BATCH, in_fixed_shape
+from vitft.evaluate import FIXED_BATCH, in_fixed_shape
+from vitft.features import backbone_of
 from vitft.folders import EXTENSIONS
 from vitft.images import BadImage, DecodeSpec
 from vitft.inputs import TransformSpec, normalise, pixels
+from vitft.model import classifier
 from vitft.prepare import pick_device
 
 
@@ -38,16 +41,20 @@ class Answer:
     Attributes:
         path: As listed.
         probabilities: [C] float64 summing to 1, or None where the file could not be read.
+        sure: False where the run's threshold says that a person should look.
+        foreign: Whether the picture is unlike everything in training; None where not known.
         error: "" or the fault's id and text.
     """
 
     path: Path
     probabilities: NDArray[np.float64] | None
+    sure: bool = True
+    foreign: bool | None = None
     error: str = ""
 
 
 class Predictor:
-    """A loaded model with its own preprocessing.
+    """A loaded model with its own preprocessing, temperature and doubts.
 
     Args:
         path: A run folder, its `model/` folder, or a `model.safetensors`.
@@ -61,6 +68,9 @@ class Predictor:
         self.decode: DecodeSpec = product.decode_of(self.card)
         self.transform: TransformSpec = product.transform_of(self.card)
         self._pixels = pixels(self.transform)
+        tables = product.load_tables(path)
+        self._foreign = Foreign.from_tensors(tables) if tables else None
+        self._threshold = float((self.card.extras.get("abstain") or {}).get("threshold") or 0.0)
 
     def __call__(self, files: Sequence[Path]) -> Iterator[Answer]:
         """One answer per file, in their order; memory does not grow with their number."""
@@ -81,17 +91,25 @@ class Predictor:
         rows = iter(self._probabilities(torch.stack(good)) if good else ())
         for path, r in zip(files, read, strict=True):
             if isinstance(r, Tensor):
-                yield Answer(path, next(rows))
+                p, foreign = next(rows)
+                yield Answer(path, p, bool(p.max() >= self._threshold), foreign)
             else:
-                yield Answer(path, None, f"{r.faults[0].id}: {r.faults[0].text}")
+                yield Answer(path, None, error=f"{r.faults[0].id}: {r.faults[0].text}")
 
     @torch.inference_mode()
-    def _probabilities(self, pictures: Tensor) -> NDArray[np.float64]:
-        """Uint8 [n, 3, S, S] -> [n, C], in the fixed batch."""
+    def _probabilities(self, pictures: Tensor) -> list[tuple[NDArray[np.float64], bool | None]]:
+        """Uint8 [n, 3, S, S] -> n times ([C], foreign), in the fixed batch."""
         x = normalise(pictures.to(self.device), self.transform)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            logits = in_fixed_shape(self.net, x).float().cpu().numpy()
-        return evaluate.softmax(logits, self.card.temperature or 1.0)
+            if self._foreign is None:
+                logits = in_fixed_shape(self.net, x).float()
+                foreign: list[bool | None] = [None] * len(x)
+            else:
+                rows = in_fixed_shape(backbone_of(self.net), x).float()  # [n, D]
+                logits = in_fixed_shape(classifier(self.net), rows).float()
+                foreign = self._foreign.is_foreign(rows.cpu().numpy()).tolist()
+        p = evaluate.softmax(logits.cpu().numpy(), self.card.temperature or 1.0)
+        return list(zip(p, foreign, strict=True))
 
 
 def list_files(inputs: Sequence[Path]) -> list[Path]:
@@ -144,16 +162,32 @@ def top(answer: Answer, classes: Sequence[str], k: int) -> list[tuple[str, float
 
 
 def write_csv(file: Path, answers: Sequence[Answer], classes: Sequence[str]) -> None:
-    """Columns path, prediction, confidence, error and p:<class>; one row per file."""
-    header = ["path", "prediction", "confidence", "error", *(f"p:{c}" for c in classes)]
+    """Columns path, prediction, confidence, sure, foreign, error, p:<class>; one row per file."""
+    header = ["path", "prediction", "confidence", "sure", "foreign", "error"]
+    header += [f"p:{c}" for c in classes]
 
     def row(a: Answer) -> list[object]:
         if a.probabilities is None:
-            return [a.path, "", "", a.error, *[""] * len(classes)]
+            return [a.path, "", "", "", "", a.error, *[""] * len(classes)]
         name, p = top(a, classes, 1)[0]
-        return [a.path, name, p, "", *a.probabilities.tolist()]
+        foreign = "" if a.foreign is None else _yes(a.foreign)
+        return [a.path, name, p, _yes(a.sure), foreign, "", *a.probabilities.tolist()]
 
     io.write_csv(file, header, map(row, answers))
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def told(answer: Answer, classes: Sequence[str], k: int) -> str:
+    """One line for the terminal."""
+    if answer.probabilities is None:
+        return f"{escape(answer.path)}: error {escape(answer.error)}"
+    said = ", ".join(f"{escape(c)} {p:.1%}" for c, p in top(answer, classes, k))
+    doubts = [] if answer.sure else ["I don't know: below the run's threshold"]
+    doubts += ["unlike the training pictures"] if answer.foreign else []
+    return f"{escape(answer.path)}: {said}" + "".join(f" ({d})" for d in doubts)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -177,8 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     answers = []
     for answer in track(predictor(files), len(files), "predict"):
         answers.append(answer)
-        said = ", ".join(f"{escape(c)} {p:.1%}" for c, p in top(answer, classes, args.top))
-        print(f"{escape(answer.path)}: {said or 'error ' + escape(answer.error)}")  # noqa: T201
+        print(told(answer, classes, args.top))  # noqa: T201
     if args.csv:
         write_csv(args.csv, answers, classes)
     bad = sum(1 for a in answers if a.error)

@@ -14,7 +14,7 @@ from torch import nn
 from vitft import data, model, offline
 from vitft.console import say, warn
 from vitft.errors import DataError, MachineError, RecipeError
-from vitft.features import FIXED_BATCH
+from vitft.evaluate import FIXED_BATCH
 from vitft.images import DecodeSpec
 from vitft.inputs import InputConfig, TransformSpec, augmented, plain
 from vitft.loaders import Batches, Photos

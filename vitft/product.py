@@ -5,12 +5,13 @@ metrics); `config.json` lets timm open the folder as `local-dir:`. Written whole
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import timm
+from numpy.typing import NDArray
 from torch import nn
 
 from vitft import io, weights
@@ -20,6 +21,7 @@ from vitft.inputs import InputConfig, TransformSpec
 from vitft.model import require_known
 
 CARD_KEY = "vitft"  # in the safetensors header
+TABLES = "tables.safetensors"  # arrays that predict uses beside the weights
 CARD_LIMIT = 4_000_000  # bytes of JSON a Card may take; one beyond it is refused
 
 # Where vitft is not installed: timm's architecture with the same names and shapes.
@@ -66,7 +68,15 @@ class Card:
     extras: dict[str, Any] = field(default_factory=dict)
 
 
-def save(net: nn.Module, folder: Path, card: Card, config: InputConfig, *, as_timm: bool) -> None:
+def save(
+    net: nn.Module,
+    folder: Path,
+    card: Card,
+    config: InputConfig,
+    *,
+    as_timm: bool,
+    tables: Mapping[str, NDArray[Any]] | None = None,
+) -> None:
     """Writes the product: `model.safetensors` with the Card in its header, and `config.json`.
 
     Args:
@@ -75,6 +85,8 @@ def save(net: nn.Module, folder: Path, card: Card, config: InputConfig, *, as_ti
         card: Its `options` must rebuild the model.
         config: What the model eats, for timm's own `config.json`.
         as_timm: Name timm's architecture instead of ours, for machines without vitft.
+        tables: Further arrays for predict, kept beside the weights so that timm's strict loading
+            meets the model's tensors alone.
     """
     architecture = timm_twin(card) if as_timm else card.architecture
     header = {
@@ -84,6 +96,8 @@ def save(net: nn.Module, folder: Path, card: Card, config: InputConfig, *, as_ti
     tensors = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
     with io.staged_dir(folder) as staged:
         io.write_tensors(staged / "model.safetensors", tensors, header)
+        if tables:
+            io.write_tensors(staged / TABLES, tables, {})
         io.write_json(staged / "config.json", _timm_config(net, card, config, architecture))
 
 
@@ -151,6 +165,14 @@ def load(path: Path) -> tuple[nn.Module, Card]:
     weights.check(state, net.state_dict(), new=(), drop=(), place=file)
     net.load_state_dict(state)
     return net.eval(), card
+
+
+def load_tables(path: Path) -> dict[str, NDArray[Any]]:
+    """The arrays saved beside the weights; {} where there are none."""
+    from safetensors.numpy import load_file
+
+    file = find_file(path).with_name(TABLES)
+    return dict(load_file(file)) if file.is_file() else {}
 
 
 def find_file(path: Path) -> Path:

@@ -25,6 +25,7 @@ from vitft import (
     console,
     data,
     evaluate,
+    findings,
     io,
     model,
     prepare,
@@ -36,6 +37,7 @@ from vitft import (
 from vitft.console import say
 from vitft.errors import RecipeError
 from vitft.evaluate import Predictions, Scores
+from vitft.findings import Findings
 from vitft.learn import Hooks, Learned, extract, head_predictions, learn
 from vitft.prepare import Prepared
 from vitft.recipe import Recipe
@@ -56,6 +58,7 @@ class Result:
     split: str
     predictions: Predictions
     history: tuple[dict[str, Any], ...]
+    findings: Findings
     sentence: str
 
 
@@ -99,15 +102,17 @@ def _run(
         learned = learn(p, _hooks(p, folder, stop, resume=resume, anyway=anyway))
     split = p.test_split
     predictions = predict_split(p, learned, split)
+    val = predictions if split == "val" else predict_split(p, learned, "val")
     scores = evaluate.score(predictions, p.index.classes)
-    card = make_card(p, scores, split)
-    product.save(p.net, folder / "model", card, p.config, as_timm=p.recipe.export.as_timm)
-    _write_outputs(p, learned, predictions, scores, folder, time.monotonic() - started)
+    found = findings.find(p, learned, predictions, val)
+    _write_product(p, scores, found, folder)
+    seconds = time.monotonic() - started
+    _write_numbers(p, learned, scores, found, folder, seconds)
+    report.write(folder, writeup.page(p, learned, predictions, scores, found, folder, seconds))
     io.remove(folder / "checkpoints")
     io.link_latest(folder)
-    return Result(
-        folder, scores, split, predictions, learned.history, _sentence(scores, split, folder)
-    )
+    sentence = _sentence(scores, split, folder)
+    return Result(folder, scores, split, predictions, learned.history, found, sentence)
 
 
 # -- the folder -----------------------------------------------------------------------------------
@@ -220,23 +225,33 @@ def predict_split(p: Prepared, learned: Learned, split: str) -> Predictions:
     return evaluate.predict(p.net, batches, autocast=p.device.type == "cuda")
 
 
-def make_card(p: Prepared, scores: Scores, split: str) -> product.Card:
+def _write_product(p: Prepared, scores: Scores, found: Findings, folder: Path) -> None:
+    """The model folder, with what predict needs besides the weights."""
+    tables = {} if found.foreign is None else found.foreign.tensors()
+    card = make_card(p, scores, found)
+    product.save(
+        p.net, folder / "model", card, p.config, as_timm=p.recipe.export.as_timm, tables=tables
+    )
+
+
+def make_card(p: Prepared, scores: Scores, found: Findings) -> product.Card:
     """The product's self-description."""
-    options = dict(
-        cast(Any, p.net)._model_args
-    )  # what timm's factory recorded; public in 1.0.31's exports
+    options = dict(cast(Any, p.net)._model_args)  # what timm's factory recorded for its exports
     options.pop("num_classes", None)
+    extras = {} if found.abstain is None else {"abstain": asdict(found.abstain)}
     return product.Card(
         architecture=p.recipe.model.name,
         classes=p.index.classes,
         options=options,
         transform=asdict(p.plain_transform),
         decode=asdict(p.decode),
+        temperature=found.temperature.value if found.temperature else None,
         recipe=recipe.dump(p.recipe),
         seed=p.recipe.seed,
         versions=prepare.environment(p)["versions"],
         hashes={"data": prepare.data_hash(p.index), "weights": p.report.sha256},
-        metrics={"split": split, **summary(scores)},
+        metrics={"split": p.test_split, **summary(scores)},
+        extras=extras,
     )
 
 
@@ -254,22 +269,20 @@ def summary(scores: Scores) -> dict[str, Any]:
     }
 
 
-def _write_outputs(
-    p: Prepared,
-    learned: Learned,
-    predictions: Predictions,
-    scores: Scores,
-    folder: Path,
-    seconds: float,
+def _write_numbers(
+    p: Prepared, learned: Learned, scores: Scores, found: Findings, folder: Path, seconds: float
 ) -> None:
+    intervals = {f"{k}_interval": asdict(v) for k, v in found.intervals.items()}
     io.write_json(
         folder / "metrics.json",
         {
             "recipe": p.recipe.name,
             "mode": p.recipe.mode,
             p.test_split: summary(scores)
+            | intervals
             | {"per_class": [asdict(c) for c in scores.per_class]}
             | {"confusion_matrix": scores.confusion.tolist()},
+            "trust": found.as_dict(),
             "best": learned.best,
             "backbone_frozen": learned.backbone_frozen,
             "warnings": list(p.warnings),
@@ -279,7 +292,9 @@ def _write_outputs(
             "seconds": seconds,
         },
     )
-    report.write(folder, writeup.page(p, learned, predictions, scores, folder, seconds))
+    if found.doubted is not None:
+        rows = found.doubted.fixes(p.index.paths, p.index.sha256, p.index.classes)
+        io.write_csv(folder / "fixes.csv", ("path", "action", "label", "sha256"), rows)
 
 
 def _sentence(scores: Scores, split: str, folder: Path) -> str:

@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 
 from vitft import images
+from vitft.chapters import chapters, notes, steps
 from vitft.errors import VitftError
 from vitft.evaluate import Predictions, Scores
+from vitft.findings import Findings
 from vitft.gallery import Answers, Source, shrink
 from vitft.learn import Learned
 from vitft.prepare import Prepared, environment
@@ -24,6 +26,7 @@ def page(
     learned: Learned,
     predictions: Predictions,
     scores: Scores,
+    found: Findings,
     folder: Path,
     seconds: float,
 ) -> Page:
@@ -34,6 +37,7 @@ def page(
         learned: How the model came to be.
         predictions: Of the split that is scored.
         scores: Of these predictions.
+        found: What there is to say about these numbers.
         folder: The run's.
         seconds: The whole run took.
     """
@@ -48,17 +52,25 @@ def page(
             paths=[p.index.paths[i] for i in rows],
             labels=predictions.labels,
             guesses=predictions.logits.argmax(axis=1).astype(np.int64),
-            probabilities=predictions.probabilities(),
+            probabilities=predictions.probabilities(_temperature(found)),
         ),
         source=Source(thumbnail=lambda row: _thumbnail(p, int(rows[row]))),
         ledger=p.index.ledger,
         history=learned.history,
         reproduce=_reproduce(p, learned, folder, seconds),
         split=IN_WORDS[p.test_split],
+        notes=notes(found),
+        intervals=found.intervals,
+        steps=steps(found),
+        extras=chapters(p, found, lambda row: _thumbnail(p, row)),
         warnings=p.warnings if p.test_split == "test" else (*p.warnings, NO_TEST),
         mistakes=spec.report.gallery,
         max_images=spec.report.max_images,
     )
+
+
+def _temperature(found: Findings) -> float:
+    return found.temperature.value if found.temperature else 1.0
 
 
 def _thumbnail(p: Prepared, row: int) -> bytes | None:

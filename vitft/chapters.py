@@ -1,0 +1,225 @@
+"""Findings -> parts of the report page, in plain words, with the evidence folded below.
+
+One function per part; each returns a `Section` that stands by its summary alone. Photographs come
+through a function that gives a thumbnail for a row of the index.
+"""
+
+from collections.abc import Callable, Iterator
+
+from vitft import trust
+from vitft.charts import Chart, Series
+from vitft.doubt import Abstain, Accepted
+from vitft.findings import Findings
+from vitft.pages import (
+    Block,
+    Bullets,
+    Figure,
+    Gallery,
+    Link,
+    Photo,
+    Section,
+    Share,
+    Table,
+    percent,
+)
+from vitft.prepare import Prepared
+
+SHOWN = 24  # photographs of suspects, pairs of copies
+
+Thumbnail = Callable[[int], bytes | None]
+
+
+def chapters(p: Prepared, found: Findings, thumbnail: Thumbnail) -> tuple[Section, ...]:
+    """Every part that there is something to say in."""
+    return tuple(_chapters(p, found, thumbnail))
+
+
+def steps(found: Findings) -> tuple[Link, ...]:
+    """What to do next, as far as these findings tell."""
+    out = []
+    if found.doubted is not None and len(found.doubted.rows):
+        n = len(found.doubted.rows)
+        out.append(
+            Link(f"Look at {n:,} labels that may be wrong; fixes.csv lists them.", "#labels")
+        )
+    if found.honest is not None and found.honest.linked.n:
+        n = found.honest.linked.n
+        out.append(Link(f"{n:,} scored photographs have a copy in train or val.", "#copies"))
+    return tuple(out)
+
+
+def notes(found: Findings) -> tuple[str, ...]:
+    """Sentences below the headline."""
+    out = []
+    if found.band is not None:
+        out.append(f"The spread from chance in training: {found.band.sentence()}.")
+    if found.clean is not None and found.doubted is not None and len(found.doubted.rows):
+        out.append(
+            "Without the photographs whose label looks wrong: "
+            f"{percent(found.clean.value)} {found.clean.interval.percent()}."
+        )
+    return tuple(out)
+
+
+def _chapters(p: Prepared, found: Findings, thumbnail: Thumbnail) -> Iterator[Section]:
+    yield _calibration(found)
+    yield _doubt(p, found)
+    if found.doubted is not None:
+        yield _labels(p, found, thumbnail)
+    if found.links is not None:
+        yield _copies(p, found, thumbnail)
+    if found.left_out:
+        yield Section("left-out", "What was not looked at", "", (Bullets(tuple(found.left_out)),))
+
+
+def _calibration(found: Findings) -> Section:
+    shown = found.after or found.before
+    error = f"{100 * shown.ece:.1f} points {shown.ece_interval.percent()}"
+    summary = f"On average a probability is off by {error}"
+    summary += f"; perfect ones would show {100 * shown.ece_floor:.1f} on as many photographs."
+    charts = [_reliability("As trained" if found.after else "Probabilities", found.before)]
+    if found.after is not None and found.temperature is not None:
+        charts.append(_reliability(f"At temperature {found.temperature.value:.2f}", found.after))
+    rows = [("as trained", *_figures(found.before))]
+    if found.after is not None:
+        rows.append(("with the temperature", *_figures(found.after)))
+    header = ("probabilities", "calibration error", "Brier score", "log loss")
+    blocks: list[Block] = [Figure(tuple(charts)), Table(header, tuple(rows))]
+    if found.temperature is not None:
+        t = found.temperature
+        blocks.append(
+            f"The temperature was fitted on {t.n:,} val photographs and travels in the model file; "
+            "predict applies it. It changes no answer, only how sure it sounds. Loaded through "
+            "plain timm the model gives logits without it."
+        )
+    return Section("calibration", "Can the probabilities be believed?", summary, tuple(blocks))
+
+
+def _figures(c: trust.Calibration) -> tuple[str, str, str]:
+    return (
+        f"{100 * c.ece:.1f} {c.ece_interval.percent()}",
+        f"{c.brier:.3f} [{c.brier_interval.low:.3f}, {c.brier_interval.high:.3f}]",
+        f"{c.log_loss:.3f} [{c.log_loss_interval.low:.3f}, {c.log_loss_interval.high:.3f}]",
+    )
+
+
+def _reliability(title: str, c: trust.Calibration) -> Chart:
+    points = Series(
+        "photographs",
+        [b.accuracy for b in c.bins],
+        x=[b.confidence for b in c.bins],
+        low=[b.interval.low for b in c.bins],
+        high=[b.interval.high for b in c.bins],
+        style="points",
+    )
+    return Chart(
+        title,
+        (points,),
+        kind="reliability",
+        x_label="said probability",
+        y_label="share right",
+        percent=True,
+        caption="On the diagonal, 80 % means right in 80 of 100.",
+    )
+
+
+def _doubt(p: Prepared, found: Findings) -> Section:
+    offers = dict(found.offers)
+    if found.abstain is not None and found.accepted is not None:
+        offers[found.abstain.max_error] = (found.abstain, found.accepted)
+    rows = tuple(_offer(e, *offers[e]) for e in sorted(offers))
+    header = ("errors allowed", "answers above", "answered", "wrong among them", "promised")
+    table = Table(header, rows, caption="Thresholds chosen on val, measured on the scored split.")
+    if found.abstain is not None:
+        summary = found.abstain.words
+    else:
+        summary = "If unsure answers are left to a person, the rest are right more often."
+    blocks: list[Block] = [table]
+    if found.foreign is not None:
+        blocks.append(
+            "Predict also says when a picture is unlike everything it was trained on; one ordinary "
+            "photograph in a hundred is called foreign by mistake."
+        )
+    return Section("doubt", "When it should say “I don't know”", summary, tuple(blocks))
+
+
+def _offer(target: float, chosen: Abstain, got: Accepted) -> tuple[str | Share, ...]:
+    error = Share(got.error, got.error_interval.low, got.error_interval.high)
+    return (
+        f"{100 * target:g} %",
+        percent(chosen.threshold) if chosen.threshold <= 1 else "never",
+        Share(got.coverage, got.coverage_interval.low, got.coverage_interval.high),
+        error if got.accepted else "none answered",
+        "yes" if chosen.promised else "too few val photographs",
+    )
+
+
+def _labels(p: Prepared, found: Findings, thumbnail: Thumbnail) -> Section:
+    doubted = found.doubted
+    if doubted is None or not len(doubted.rows):
+        return Section("labels", "Labels that look wrong", "None was found.")
+    classes, index = p.index.classes, p.index
+    photos = []
+    for i in doubted.rows[:SHOWN].tolist():
+        label, other = classes[index.labels[i]], classes[doubted.suggested[i]]
+        photos.append(
+            Photo(
+                thumbnail(i),
+                alt=f"filed as {label}, looks like {other}",
+                title=f"filed as {label}, looks like {other}",
+                top=tuple(_top(doubted.probs[i], classes)),
+                label=label,
+                path=index.paths[i],
+                tags=(index.split[i],),
+            )
+        )
+    n, total = len(doubted.rows), len(index.paths)
+    summary = (
+        f"{n:,} of {total:,} photographs look wrongly labelled; about "
+        f"{percent(doubted.share)} of all labels are expected to be wrong."
+    )
+    text = (
+        "Judged by heads that did not see the photograph or its copies. The file fixes.csv in the "
+        "run folder proposes what to do; edit it, then give it back with data.fixes=fixes.csv. The "
+        "photographs themselves are never touched."
+    )
+    return Section("labels", "Labels that look wrong", summary, (text, Gallery(tuple(photos), n)))
+
+
+def _top(probabilities: object, classes: tuple[str, ...]) -> list[tuple[str, float]]:
+    import numpy as np
+
+    p = np.asarray(probabilities)
+    return [(classes[k], float(p[k])) for k in np.argsort(-p, kind="stable")[:3]]
+
+
+def _copies(p: Prepared, found: Findings, thumbnail: Thumbnail) -> Section:
+    links, honest = found.links, found.honest
+    if links is None or honest is None or not links.found:
+        return Section("copies", "Copies and near-copies", "None was found in or across splits.")
+    index = p.index
+    across = [q for q in links.pairs if index.split[q.a] != index.split[q.b]]
+    classes = [q for q in links.pairs if index.labels[q.a] != index.labels[q.b]]
+    first = {id(q): q for q in (*across, *classes, *links.pairs)}
+    photos = []
+    for pair in list(first.values())[: SHOWN // 2]:
+        kind = "same bytes" if pair.identical else "nearly the same"
+        for i in (pair.a, pair.b):
+            photos.append(
+                Photo(
+                    thumbnail(i),
+                    alt=f"{kind}, filed as {index.classes[index.labels[i]]}",
+                    title=f"{index.classes[index.labels[i]]} · {index.split[i]}",
+                    path=index.paths[i],
+                    tags=(kind,),
+                )
+            )
+    summary = f"{links.found:,} pairs; {len(across):,} across splits, "
+    summary += f"{len(classes):,} with two labels. {_sentence(honest.sentence())}"
+    caption = "Pairs side by side, those across splits and classes first."
+    gallery = Gallery(tuple(photos), 2 * links.found, caption)
+    return Section("copies", "Copies and near-copies", summary, (gallery,))
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:] + "."

@@ -1,0 +1,285 @@
+"""What a run can say about its own numbers: doubt, leaks, wrong labels, calibration.
+
+Everything rests on what the run computed anyway: logits of val and test, and the plain features of
+a frozen backbone. Val chooses (temperature, thresholds), test is only measured. Where the backbone
+was trained there are no features that the labels have not shaped, and the parts that need them are
+left out and said to be.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vitft import audit, doubt, io, stats, suspects, trust
+from vitft.console import say
+from vitft.evaluate import Predictions
+from vitft.learn import Learned, band_of_heads, extract, head_fit
+from vitft.prepare import Prepared
+from vitft.split import SPLITS
+
+ERRORS = (0.01, 0.02, 0.05)  # targets told where the recipe names none
+LEAST_PER_FOLD = 4  # photographs of the rarest class for a fold to mean anything
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Numbers about the numbers; None where a part was switched off or not possible.
+
+    Attributes:
+        temperature: Fitted on val; stored in the product and applied to what the report shows.
+        before: Calibration of the scored split without it.
+        after: The same with it.
+        abstain: Threshold chosen on val for the recipe's `trust.max_error`.
+        accepted: What that threshold does on the scored split.
+        offers: Target error -> threshold chosen on val and what it does on the scored split.
+        foreign: What ordinary photographs look like, for predict.
+        links: Copies and near-copies among all photographs.
+        honest: Accuracy with and without linked photographs.
+        doubted: Labels that look wrong, over all photographs.
+        clean: Accuracy without the scored photographs whose label is doubted.
+        band: Spread of the accuracy over head seeds.
+        intervals: Of macro-F1, balanced accuracy and log loss.
+        left_out: Why a part is missing, one sentence each.
+        seconds: What each part cost.
+    """
+
+    temperature: trust.Temperature | None
+    before: trust.Calibration
+    after: trust.Calibration | None
+    abstain: doubt.Abstain | None
+    accepted: doubt.Accepted | None
+    offers: dict[float, tuple[doubt.Abstain, doubt.Accepted]]
+    foreign: doubt.Foreign | None
+    links: audit.Links | None
+    honest: audit.Honest | None
+    doubted: suspects.Suspects | None
+    clean: audit.Share | None
+    band: trust.SeedBand | None
+    intervals: dict[str, stats.Interval]
+    left_out: tuple[str, ...]
+    seconds: dict[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for `metrics.json`; arrays of the size of the data are counted only."""
+        out: dict[str, Any] = {
+            "temperature": _plain(self.temperature),
+            "calibration_before": _plain(self.before),
+            "calibration_after": _plain(self.after),
+            "abstain": _plain(self.abstain),
+            "accepted": _plain(self.accepted),
+            "offers": {
+                str(k): {"threshold": a.threshold, "promised": a.promised, **asdict(got)}
+                for k, (a, got) in self.offers.items()
+            },
+            "honest": _plain(self.honest),
+            "clean": _plain(self.clean),
+            "seed_band": _plain(self.band),
+            "intervals": {k: asdict(v) for k, v in self.intervals.items()},
+            "left_out": list(self.left_out),
+            "seconds": self.seconds,
+        }
+        if self.links is not None:
+            out["linked_pairs"] = self.links.found
+        if self.doubted is not None:
+            out["suspects"] = {"found": len(self.doubted.rows), "share": self.doubted.share}
+        return out
+
+
+def _plain(value: Any) -> Any:
+    return None if value is None else asdict(value)
+
+
+def find(p: Prepared, learned: Learned, predictions: Predictions, val: Predictions) -> Findings:
+    """Looks for everything the recipe's `trust` section asks for.
+
+    Args:
+        p: The run's data and model.
+        learned: With plain features where the backbone is frozen.
+        predictions: Of the scored split.
+        val: Of val.
+    """
+    spec, clock = p.recipe.trust, _Clock()
+    left_out: list[str] = []
+    temperature = None
+    if spec.calibrate:
+        temperature = clock("calibration", lambda: trust.fit_temperature(val.logits, val.labels))
+    t = temperature.value if temperature else 1.0
+    before = clock("calibration", lambda: _calibration(p, predictions, 1.0))
+    after = clock("calibration", lambda: _calibration(p, predictions, t)) if temperature else None
+    offers = {e: _offer(predictions, val, t, e) for e in (spec.max_error or 0.0, *ERRORS) if e}
+    chosen = offers.pop(spec.max_error) if spec.max_error else (None, None)
+    x = clock("features", lambda: _all_features(p, learned, left_out))
+    links = clock("leaks", lambda: _links(p, x)) if spec.audit else None
+    doubted = None
+    if spec.suspects and x is not None:
+        doubted = clock("suspects", lambda: _suspects(p, learned, x, links, left_out))
+    right = predictions.logits.argmax(axis=1) == predictions.labels
+    return Findings(
+        temperature=temperature,
+        before=before,
+        after=after,
+        abstain=chosen[0],
+        accepted=chosen[1],
+        offers=offers,
+        foreign=_foreign(p, x) if x is not None else None,
+        links=links,
+        honest=_honest(p, links, right) if links is not None else None,
+        doubted=doubted,
+        clean=_clean(p, doubted, right) if doubted is not None else None,
+        band=clock("seeds", lambda: _band(p, learned)),
+        intervals=clock("intervals", lambda: _intervals(p, predictions)),
+        left_out=tuple(left_out),
+        seconds=clock.seconds,
+    )
+
+
+class _Clock:
+    """Calls a part and keeps what it cost."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, name: str, part: Callable[[], Any]) -> Any:
+        started = time.monotonic()
+        out = part()
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
+        return out
+
+
+# -- the parts ------------------------------------------------------------------------------------
+
+
+def _calibration(p: Prepared, predictions: Predictions, temperature: float) -> trust.Calibration:
+    return trust.calibration(
+        predictions.probabilities(temperature),
+        predictions.labels,
+        count=p.recipe.trust.bootstrap,
+        seed=p.recipe.seed,
+    )
+
+
+def _offer(
+    predictions: Predictions, val: Predictions, temperature: float, max_error: float
+) -> tuple[doubt.Abstain, doubt.Accepted]:
+    chosen = doubt.abstain(val.probabilities(temperature), val.labels, max_error)
+    probabilities = predictions.probabilities(temperature)
+    return chosen, doubt.accepted(probabilities, predictions.labels, chosen.threshold)
+
+
+def _all_features(p: Prepared, learned: Learned, left_out: list[str]) -> NDArray[np.float32] | None:
+    """Plain features of every photograph, in the index's order."""
+    if not learned.backbone_frozen:
+        left_out.append(
+            "wrong labels, near-copies by content and foreign pictures need a frozen backbone: "
+            "its features are not shaped by these labels"
+        )
+        return None
+    x: NDArray[np.float32] | None = None
+    for split in SPLITS:
+        rows = p.index.rows(split)
+        if len(rows):
+            part = learned.features.get(split) or extract(p, split)
+            if x is None:
+                x = np.empty((len(p.index.labels), part.x.shape[2]), np.float32)
+            x[rows] = part.x[0]
+    return x
+
+
+def _links(p: Prepared, x: NDArray[np.float32] | None) -> audit.Links:
+    files = [p.index.file(i) for i in range(len(p.index.paths))]
+    prints = audit.fingerprints(files, p.index.sha256, p.decode, cache=io.cache_dir() / "prints")
+    return audit.link(p.index.sha256, prints, x)
+
+
+def _honest(p: Prepared, links: audit.Links, right: NDArray[np.bool_]) -> audit.Honest:
+    """Linked here: a copy or near-copy in another split than the scored one."""
+    rows = p.index.rows(p.test_split)
+    elsewhere = np.ones(len(p.index.labels), bool)
+    elsewhere[rows] = False
+    known = set(links.group[elsewhere].tolist())
+    return audit.honest(right, [int(g) in known for g in links.group[rows]])
+
+
+def _suspects(
+    p: Prepared,
+    learned: Learned,
+    x: NDArray[np.float32],
+    links: audit.Links | None,
+    left_out: list[str],
+) -> suspects.Suspects | None:
+    counts = np.bincount(p.index.labels, minlength=len(p.index.classes))
+    if counts.min() < LEAST_PER_FOLD:
+        left_out.append(
+            f"wrong labels: the smallest class has {counts.min()} photographs, too few to judge "
+            "a label by the others"
+        )
+        return None
+    return suspects.find(
+        x,
+        p.index.labels,
+        fit=head_fit(p, learned),
+        classes=len(p.index.classes),
+        groups=None if links is None else list(links.group),
+        seed=p.recipe.seed,
+    )
+
+
+def _clean(p: Prepared, doubted: suspects.Suspects, right: NDArray[np.bool_]) -> audit.Share:
+    """Accuracy on the scored photographs whose label is not doubted."""
+    rows = p.index.rows(p.test_split)
+    trusted = ~np.isin(rows, doubted.rows)
+    k, n = int(right[trusted].sum()), int(trusted.sum())
+    return audit.Share(k, n, k / n if n else float("nan"), stats.wilson(k, n))
+
+
+def _foreign(p: Prepared, x: NDArray[np.float32]) -> doubt.Foreign:
+    train, val = p.index.rows("train"), p.index.rows("val")
+    return doubt.fit_foreign(x[train], x[val], seed=p.recipe.seed)
+
+
+def _band(p: Prepared, learned: Learned) -> trust.SeedBand | None:
+    accuracies = band_of_heads(p, learned)
+    if not accuracies:
+        return None
+    band = trust.seed_band(accuracies)
+    say(band.sentence())
+    return band
+
+
+def _intervals(p: Prepared, predictions: Predictions) -> dict[str, stats.Interval]:
+    """Stratified bootstrap intervals of what has no formula."""
+    count, seed = p.recipe.trust.bootstrap, p.recipe.seed
+    guess = predictions.logits.argmax(axis=1)
+    c = len(p.index.classes)
+    confusion = np.bincount(predictions.labels * c + guess, minlength=c * c).reshape(c, c)
+    losses = -np.log(
+        np.maximum(
+            predictions.probabilities()[np.arange(len(guess)), predictions.labels],
+            np.finfo(np.float64).tiny,
+        )
+    )
+    return {
+        "macro_f1": stats.bootstrap_confusion(_macro_f1, confusion, count=count, seed=seed),
+        "balanced_accuracy": stats.bootstrap_confusion(
+            _balanced, confusion, count=count, seed=seed
+        ),
+        "log_loss": stats.bootstrap_mean(losses, predictions.labels, count=count, seed=seed),
+    }
+
+
+def _macro_f1(m: NDArray[np.int64]) -> NDArray[np.float64]:
+    """[R, C, C] -> [R]; a class that is neither there nor predicted counts as 0, as in `Scores`."""
+    hit = np.diagonal(m, axis1=1, axis2=2)
+    both = m.sum(axis=1) + m.sum(axis=2)
+    return np.asarray((2 * hit / np.maximum(both, 1)).mean(axis=1))
+
+
+def _balanced(m: NDArray[np.int64]) -> NDArray[np.float64]:
+    """[R, C, C] -> [R]: mean recall over the classes that have photographs."""
+    true = m.sum(axis=2)
+    recall = np.diagonal(m, axis1=1, axis2=2) / np.maximum(true, 1)
+    return np.asarray(recall.sum(axis=1) / np.maximum((true > 0).sum(axis=1), 1))
