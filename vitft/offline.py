@@ -6,6 +6,7 @@ only to what the recipe's `offline:` block says. What was replaced is returned a
 console, the report and `metrics.json`.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +46,10 @@ def settle(recipe: Recipe, *, fallback: bool = True) -> Settled:
     faults: list[Fault] = []
     warnings: list[str] = []
     changes: dict[str, object] = {}
-    if not _weights_can_be_had(recipe):
+    with ThreadPoolExecutor(2) as pool:  # both hosts at once: a silent network costs one patience
+        weights = pool.submit(_weights_can_be_had, recipe)
+        data = pool.submit(_data_can_be_had, recipe.data.root)
+    if not weights.result():
         instead = recipe.offline.model
         if fallback and instead is not None:
             stand_in = instead.model_dump() | {"sha256": None}
@@ -57,7 +61,7 @@ def settle(recipe: Recipe, *, fallback: bool = True) -> Settled:
             )
         else:
             faults.append(_missing_weights(recipe))
-    if not _data_can_be_had(recipe.data.root):
+    if not data.result():
         substitute = recipe.offline.data
         if fallback and substitute is not None:
             changes["data"] = recipe.data.model_copy(update=substitute.model_dump())
