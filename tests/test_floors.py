@@ -12,20 +12,20 @@ ROOMS = sorted(path.stem for path in VITFT.glob("*.py") if path.stem != "__init_
 
 FLOORS = (
     # words, numbers and plain values
-    "errors stats encode schema strict_yaml charts split suspects threads",
+    "errors stats encode schema strict_yaml charts figures split suspects threads",
     # files and what they hold
     "io raw convert tensorfile inputs folders table ledger recipe pages doubt trust evaluate",
     "console images weights checkpoint gallery sources unpack",
     # data, models and arrays
-    "fetch store contents assign loaders vit model train sections",
-    "probe audit explain export twin",
+    "fetch store contents assign loaders vit model maps train sections cli",
+    "probe audit export twin",
     "data features product offline report compare",
     # a whole run
     "prepare",
-    "learn",
-    "findings",
+    "learn explain",
+    "findings ladder",
     "chapters",
-    "writeup cli",
+    "writeup",
     # doors
     "run predict check verify",
 )
