@@ -17,6 +17,7 @@ from vitft.explain import Looker, Overlays, main, seen
 from vitft.images import DecodeSpec
 from vitft.inputs import InputConfig, TransformSpec, pixels, plain
 from vitft.raw import bad
+from vitft.run import run
 
 OPTIONS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 CONFIG = InputConfig((32, 32), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -284,3 +285,26 @@ def test_a_class_that_the_model_does_not_have_is_refused(vit, photos, tmp_path, 
     text = rf"explain.class\] --class: the model has no class '{name}'\nfix: {re.escape(fix)}"
     with pytest.raises(RecipeError, match=text):
         main([vit, *photos, "-o", str(tmp_path / "a.png"), "--class", name])
+
+
+# -- the report of a run --------------------------------------------------------------------------
+
+
+def overlays_in(folder):
+    return (folder / "report.html").read_text("utf-8").count('<img class="overlay"')
+
+
+def test_a_runs_report_shows_what_counted_in_its_first_mistakes(tiny_recipe):
+    result = run(tiny_recipe("head", "train.lr=1e-9", "report.gallery=2"))
+    assert (1 - result.scores.accuracy) * result.scores.n >= 3
+    assert overlays_in(result.folder) == 4  # two mistakes, each in the gallery and in its drawer
+
+
+def test_a_run_ends_well_though_its_network_has_no_map(tiny_recipe, monkeypatch):
+    def refuse(net, images, classes=None):
+        raise RecipeError.of("explain.no_map", "net", "no map", "another model")
+
+    monkeypatch.setattr(explain.maps, "gradient", refuse)
+    result = run(tiny_recipe("head", "train.lr=1e-9"))
+    assert overlays_in(result.folder) == 0
+    assert "no further maps of what counted" in (result.folder / "log.txt").read_text("utf-8")

@@ -4,13 +4,15 @@ import shlex
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from vitft import images
 from vitft.chapters import chapters, notes, steps
 from vitft.errors import VitftError
 from vitft.evaluate import Predictions, Scores
+from vitft.explain import Looker, Overlays
 from vitft.findings import Findings
-from vitft.gallery import Answers, Source, shrink
+from vitft.gallery import Answers, Source, shrink, worst
 from vitft.learn import Learned
 from vitft.prepare import Prepared, environment
 from vitft.report import Page
@@ -43,18 +45,27 @@ def page(
     """
     rows = p.index.rows(p.test_split)
     spec = p.recipe
+    answers = Answers(
+        paths=[p.index.paths[i] for i in rows],
+        labels=predictions.labels,
+        guesses=predictions.logits.argmax(axis=1).astype(np.int64),
+        probabilities=predictions.probabilities(_temperature(found)),
+    )
     return Page(
         title=spec.name,
         subtitle=f"{spec.model.name} · weights {spec.model.weights} · mode {spec.mode}",
         classes=p.index.classes,
         scores=scores,
-        answers=Answers(
-            paths=[p.index.paths[i] for i in rows],
-            labels=predictions.labels,
-            guesses=predictions.logits.argmax(axis=1).astype(np.int64),
-            probabilities=predictions.probabilities(_temperature(found)),
+        answers=answers,
+        source=Source(
+            thumbnail=lambda row: _thumbnail(p, int(rows[row])),
+            overlay=Overlays(
+                Looker(p.net, p.plain_transform, p.device),
+                lambda row: _photograph(p, int(rows[row])),
+                worst(answers)[: spec.report.gallery],
+                side=spec.report.thumbnail,
+            ),
         ),
-        source=Source(thumbnail=lambda row: _thumbnail(p, int(rows[row]))),
         ledger=p.index.ledger,
         history=learned.history,
         reproduce=_reproduce(p, learned, folder, seconds),
@@ -75,11 +86,15 @@ def _temperature(found: Findings) -> float:
 
 def _thumbnail(p: Prepared, row: int) -> bytes | None:
     """A small JPEG of a photograph as the model's decoder sees it; None if it has gone."""
-    file, side = p.index.file(row), p.recipe.report.thumbnail
     try:
-        return shrink(images.decode(images.read_bytes(file), file, p.decode), side)
+        return shrink(_photograph(p, row), p.recipe.report.thumbnail)
     except VitftError:
         return None
+
+
+def _photograph(p: Prepared, row: int) -> Image.Image:
+    file = p.index.file(row)
+    return images.decode(images.read_bytes(file), file, p.decode)
 
 
 def _reproduce(p: Prepared, learned: Learned, folder: Path, seconds: float) -> dict[str, object]:
