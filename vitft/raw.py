@@ -9,8 +9,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from vitft.errors import DataError, Fault, escape
+from vitft.errors import DataError, Fault, MachineError, VitftError, escape
 
+SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 MAX_BYTES = 512 * 2**20  # of one file
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 READS = "vitft reads " + ", ".join(FORMATS)
@@ -55,6 +56,7 @@ def read_bytes(path: Path) -> bytes:
     Raises:
         BadImage: `data.missing`, `data.broken_link`, `data.permission`, `data.not_regular`,
             `data.empty`, `data.too_large`, `data.unreadable`.
+        MachineError: `env.no_handles`: the machine cannot, whatever the file.
     """
     try:
         _require_regular(path, path.stat())
@@ -64,6 +66,8 @@ def read_bytes(path: Path) -> bytes:
             _require_regular(path, status)
             data = _read_all(file, status.st_size)
     except OSError as error:
+        if error.errno in SHORTAGES:
+            raise _out_of(path, error) from None
         raise _unopenable(path, error) from None
     if not data:
         raise bad("data.empty", path, "0 bytes", COPY_AGAIN)
@@ -167,6 +171,13 @@ def _unopenable(path: Path, error: OSError) -> BadImage:
     if isinstance(error, FileNotFoundError):
         return bad("data.missing", path, "no such file", "restore it, or scan the folder again")
     return bad("data.unreadable", path, f"the system says: {error.strerror}", COPY_AGAIN)
+
+
+def _out_of(path: Path, error: OSError) -> VitftError:
+    """A shortage of the machine, which must never count against a photograph."""
+    text = f"cannot be opened: {error.strerror} ({errno.errorcode[error.errno or 0]})"
+    fix = "close other programs, raise the limit (ulimit -n), or lower train.workers"
+    return MachineError.of("env.no_handles", path, text, fix)
 
 
 def _permissions(path: Path) -> str:
