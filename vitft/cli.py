@@ -201,9 +201,11 @@ def _ended(error: BaseException, debug: bool) -> int:
 
 def _foreign(error: BaseException, debug: bool) -> int:
     """What no room of ours expected."""
-    if isinstance(error, MemoryError):
+    if _is_memory(error):
         fix = "close other programs, or lower train.batch_size and train.workers"
-        _tell(f"{Fault('env.memory', 'this machine', 'out of memory', fix)}\n")
+        said = (str(error).strip().splitlines() or [""])[0][:200]
+        text = f"out of memory{': ' if said else ''}{said}"
+        _tell(f"{Fault('env.memory', 'this machine', text, fix)}\n")
         return MachineError.exit_code
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
         _mute_stdout()  # vitft.io words its own failures, so this is where stdout goes
@@ -215,6 +217,15 @@ def _foreign(error: BaseException, debug: bool) -> int:
     text = f"{type(error).__name__}: {error}"
     _tell(f"{Fault('bug', 'vitft', text, 'please report it with the lines above')}\n")
     return VitftError.exit_code
+
+
+def _is_memory(error: BaseException) -> bool:
+    """Python's, CUDA's, or that of torch on the CPU, which has no class of its own."""
+    name, text = type(error).__name__, str(error)
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and (name == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate memory" in text)
+    )
 
 
 def _reader_gone() -> bool:
