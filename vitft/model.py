@@ -17,7 +17,7 @@ from vitft import io, weights
 from vitft.console import say, warn
 from vitft.errors import MachineError, RecipeError, VitftError, WeightsError
 from vitft.inputs import InputConfig, derive_seed
-from vitft.recipe import ModelSpec
+from vitft.recipe import ModelSpec, nearest_sizes
 
 HUB = "huggingface.co"
 
@@ -85,6 +85,7 @@ def create(spec: ModelSpec, *, classes: int, image_size: int | None, seed: int) 
         except VitftError:
             raise
         except (TypeError, AssertionError, ValueError, RuntimeError, KeyError) as e:
+            _require_whole_patches(spec, image_size)
             raise RecipeError.of(
                 "model.option",
                 f"model.name={spec.name}",
@@ -96,6 +97,28 @@ def create(spec: ModelSpec, *, classes: int, image_size: int | None, seed: int) 
         text = f"its classifier is {kind}, only a linear head can be trained here"
         raise RecipeError.of("model.head", spec.name, text, "choose another timm model")
     return net
+
+
+def _require_whole_patches(spec: ModelSpec, image_size: int | None) -> None:
+    """Raises RecipeError `model.image_size` where patches do not fill the image.
+
+    The model as timm knows it tells the patch size, unless the recipe does.
+    """
+    patch = spec.options.get("patch_size")
+    if patch is None:
+        with torch.device("meta"):
+            embed = getattr(timm.create_model(spec.name), "patch_embed", None)
+        patch = getattr(embed, "patch_size", (0,))[0]
+    if image_size is None or not isinstance(patch, int) or patch < 1 or image_size % patch == 0:
+        return
+    low, high = nearest_sizes(image_size, patch)
+    near = f"{low} or {high}" if low < high else f"{low}"
+    raise RecipeError.of(
+        "model.image_size",
+        "data.image_size",
+        f"must be a multiple of the patch size {patch} of {spec.name}, got {image_size}",
+        f"set data.image_size: {near}",
+    )
 
 
 def create_options(spec: ModelSpec, image_size: int | None) -> dict[str, Any]:
