@@ -272,6 +272,7 @@ class Batches:
             timeout=POLL if self.workers else 0,
             prefetch_factor=PREFETCH if self.workers else None,
             persistent_workers=self.workers > 0,
+            worker_init_fn=_leave_signals_to_the_run,
             # its iterator would draw a seed from the caller's generator otherwise
             generator=torch.Generator(),
         )
@@ -453,6 +454,18 @@ def _quiet_sigchld() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGCHLD, before)
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """Ctrl-C and a closed terminal reach every process of a group, and only the run may answer.
+
+    Its batch is wanted to the end; when the run ends, torch ends its workers. SIGTERM works as it
+    does in any process, because that is how torch ends a worker that does not listen.
+    """
+    for name, what in (("SIGINT", signal.SIG_IGN), ("SIGHUP", signal.SIG_IGN)):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), what)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _require_shared_memory(workers: int, batch_size: int, spec: TransformSpec) -> None:
