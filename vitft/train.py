@@ -6,6 +6,7 @@ workers, not on where a run was killed and resumed. timm brings task, optimizer,
 """
 
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from vitft.checkpoint import Snapshot, flatten_optimizer, restore_optimizer, under
 from vitft.console import say, warn
-from vitft.errors import DivergedError, VitftError
+from vitft.errors import DivergedError, MachineError, VitftError
 from vitft.inputs import derive_seed
 from vitft.recipe import TrainSpec
 
@@ -145,6 +146,7 @@ class Trainer:
 
         Raises:
             DivergedError: `train.diverged`, before anything not finite was saved.
+            MachineError: `env.gpu_memory`: not even one image of a batch fits.
             Stopped: A signal came; the state was saved.
         """
         if resume is not None:
@@ -162,7 +164,7 @@ class Trainer:
         set_train_mode(self.net)
         pending: list[Batch] = []
         last_save = time.monotonic()
-        for batch in self.batches.epoch(s.epoch, s.batch):
+        for batch in self._rest_of_the_epoch():
             pending.append(batch)
             s.batch += 1
             if len(pending) < self.spec.accumulate and s.batch < len(self.batches):
@@ -177,7 +179,25 @@ class Trainer:
                 last_save = time.monotonic()
             if signum is not None and s.batch < len(self.batches):
                 raise Stopped(signum)
+        if s.batch < len(self.batches):
+            self._leave(unused=len(pending))
         self._close_epoch(time.monotonic() - started)
+
+    def _rest_of_the_epoch(self) -> Iterator[Batch]:
+        """Batches from where the state stands; a signal that took the workers along ends them."""
+        try:
+            yield from self.batches.epoch(self.state.epoch, self.state.batch)
+        except MachineError:
+            if self.stop() is None:
+                raise
+
+    def _leave(self, unused: int) -> None:
+        """Saves in the midst of an epoch and goes; `unused` batches were not learned from yet."""
+        self.state.batch -= unused
+        if self.save:
+            self._raise_if_diverged()
+            self.save(self.snapshot())
+        raise Stopped(self.stop() or signal.SIGTERM)
 
     def _close_epoch(self, seconds: float) -> None:
         s = self.state
@@ -203,7 +223,7 @@ class Trainer:
             except torch.cuda.OutOfMemoryError:
                 largest = max(len(x) for x, _, _ in pending)
                 if self.state.splits >= largest:
-                    raise
+                    raise _no_memory(largest, self.device) from None
                 self.state.splits *= 2
                 torch.cuda.empty_cache()
                 part = math.ceil(largest / self.state.splits)
@@ -269,10 +289,13 @@ class Trainer:
 
     def _diverged(self, what: str, files: str) -> VitftError:
         lr = self.optimizer.param_groups[0]["lr"]
+        gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
+        norm = float(nn.utils.get_total_norm(gradients)) if gradients else 0.0
         return DivergedError.of(
             "train.diverged",
             f"epoch {self.state.epoch + 1}, step {self.state.step + 1}",
-            f"{what} at learning rate {lr:.3g}; photographs of this step: {files}",
+            f"{what} at learning rate {lr:.3g}, gradient norm {norm:.3g}; photographs of this "
+            f"step: {files}",
             "lower train.lr or set train.clip_grad: 1.0; the last checkpoint is finite",
         )
 
@@ -387,6 +410,22 @@ def _trained(net: nn.Module) -> set[str]:
         if not own or any(p.requires_grad for p in own):
             names |= {f"{prefix}.{k}".lstrip(".") for k, _ in module.named_buffers(recurse=False)}
     return names
+
+
+def _no_memory(batch: int, device: torch.device) -> VitftError:
+    """After a batch was cut down to single images, and these do not fit either."""
+    used, free, total = (n / 2**30 for n in _gpu_memory(device))
+    text = f"one image of a batch of {batch} does not fit: {used:.1f} GiB in use by this run, "
+    text += f"{free:.1f} of {total:.1f} GiB free"
+    fix = "set train.grad_checkpointing: true, a smaller data.image_size or model, or free the GPU"
+    return MachineError.of("env.gpu_memory", str(device), text, fix)
+
+
+def _gpu_memory(device: torch.device) -> tuple[int, int, int]:
+    """Bytes used by this process, free, and there in all."""
+    if device.type != "cuda":
+        return 0, 0, 0
+    return torch.cuda.memory_allocated(device), *torch.cuda.mem_get_info(device)
 
 
 def _optimizer(net: nn.Module, spec: TrainSpec) -> torch.optim.Optimizer:
