@@ -18,14 +18,14 @@ FLOORS = (
     "console images weights checkpoint gallery sources unpack",
     # data, models and arrays
     "fetch store contents assign loaders vit model maps train sections cli",
-    "probe audit export twin",
+    "probe audit export twin card",
     "data features product offline report compare",
     # a whole run
     "prepare",
     "learn explain",
     "findings ladder",
     "chapters",
-    "writeup",
+    "writeup keep",
     # doors
     "run predict check verify",
 )

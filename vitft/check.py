@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vitft import console, data, io, model, offline, prepare, product, recipe, weights
+from vitft import card, console, data, io, model, offline, prepare, product, recipe, weights
 from vitft.console import say, warn
 from vitft.errors import DataError, Fault, RecipeError, VitftError, escape
 from vitft.ledger import Ledger
@@ -149,16 +149,16 @@ def check_model(path: Path) -> list[str]:
         WeightsError: Not weights, damaged, would run code, not finite, or not what it says it is.
     """
     file = product.find_file(path)
-    if product.CARD_KEY not in weights.read_metadata(file):
+    if card.KEY not in weights.read_metadata(file):
         found = weights.open_file(file)
         count = sum(t.numel() for t in found.tensors.values())
         size = f"{len(found.tensors):,} tensors, {count:,} numbers, all finite"
         return [f"{file}: {found.kind}, {size}", f"sha256 {found.sha256}", *found.notes]
-    net, card = product.load(path)
+    net, own = product.load(path)
     count = sum(p.numel() for p in net.parameters())
     return [
-        f"{file}: {card.architecture}, {count:,} parameters, all finite, fitting its own card",
-        f"{len(card.classes):,} classes: {escape(', '.join(card.classes[:10]))}",
+        f"{file}: {own.architecture}, {count:,} parameters, all finite, fitting its own card",
+        f"{len(own.classes):,} classes: {escape(', '.join(own.classes[:10]))}",
         f"sha256 {io.sha256_file(file)}",
     ]
 

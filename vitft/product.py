@@ -5,24 +5,27 @@ metrics); `config.json` lets timm open the folder as `local-dir:`. Written whole
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
-from vitft import io, weights
-from vitft.errors import RecipeError, WeightsError
-from vitft.images import DecodeSpec
-from vitft.inputs import InputConfig, TransformSpec
-from vitft.model import require_known
+from vitft import checkpoint, io, weights
+from vitft.card import KEY, OURS, text_of
+from vitft.card import Card as Card
+from vitft.card import decode_of as decode_of
+from vitft.card import read as read_card
+from vitft.card import transform_of as transform_of
+from vitft.errors import Fault, RecipeError, VitftError, WeightsError
+from vitft.inputs import InputConfig
 
-CARD_KEY = "vitft"  # in the safetensors header
 TABLES = "tables.safetensors"  # arrays that predict uses beside the weights
-CARD_LIMIT = 4_000_000  # bytes of JSON a Card may take; one beyond it is refused
+NAME_A_RUN = "name a run folder or its model folder"
 
 # Where vitft is not installed: timm's architecture with the same names and shapes.
 TIMM_TWINS = {
@@ -35,37 +38,6 @@ TIMM_TWINS = {
     "vitflower_l32": "vit_large_patch32_384",
     "vitflower_h14": "vit_huge_patch14_224",
 }
-
-
-@dataclass(frozen=True)
-class Card:
-    """What a stranger needs to use the model rightly; travels in the safetensors header.
-
-    Attributes:
-        architecture: timm name.
-        classes: Names in the order of the head's rows.
-        options: Keywords for `timm.create_model` beyond `num_classes`.
-        transform: `TransformSpec` of evaluation, as a dict.
-        decode: `DecodeSpec`, as a dict.
-        temperature: Divides the logits before the softmax; None where none was fitted.
-        recipe: The resolved recipe's text.
-        hashes: sha256 of data (all rows of the split), of weights and of the backbone.
-        metrics: The run's test numbers; fractions 0 to 1.
-        extras: Further JSON of later rooms (threshold for "I don't know", distances to train).
-    """
-
-    architecture: str
-    classes: tuple[str, ...]
-    options: dict[str, Any]
-    transform: dict[str, Any]
-    decode: dict[str, Any]
-    temperature: float | None = None
-    recipe: str = ""
-    seed: int = 0
-    versions: dict[str, str] = field(default_factory=dict)
-    hashes: dict[str, str] = field(default_factory=dict)
-    metrics: dict[str, Any] = field(default_factory=dict)
-    extras: dict[str, Any] = field(default_factory=dict)
 
 
 def save(
@@ -89,16 +61,17 @@ def save(
             meets the model's tensors alone.
     """
     architecture = timm_twin(card) if as_timm else card.architecture
-    header = {
-        "format": "pt",
-        CARD_KEY: json.dumps(asdict(replace(card, architecture=architecture))),
-    }
+    if architecture != card.architecture:  # whose own default may be another size
+        card = replace(card, options=card.options | {"img_size": config.size[0]})
+    header = {"format": "pt", KEY: text_of(replace(card, architecture=architecture))}
     tensors = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
     with io.staged_dir(folder) as staged:
         io.write_tensors(staged / "model.safetensors", tensors, header)
         if tables:
             io.write_tensors(staged / TABLES, tables, {})
         io.write_json(staged / "config.json", _timm_config(net, card, config, architecture))
+        exact = architecture == card.architecture and next(net.parameters()).device.type == "cpu"
+        _prove(net, staged / "model.safetensors", config, exact=exact)
 
 
 def timm_twin(card: Card) -> str:
@@ -149,7 +122,7 @@ def load(path: Path) -> tuple[nn.Module, Card]:
     """The model of a run folder, a `model/` folder or a `model.safetensors`, in eval mode.
 
     Raises:
-        WeightsError: Not there, damaged, without Card, or not fitting its own Card.
+        WeightsError: Not there, of an unfinished run, damaged, without Card, or not fitting it.
     """
     file = find_file(path)
     card = read_card(file)
@@ -157,22 +130,19 @@ def load(path: Path) -> tuple[nn.Module, Card]:
         raise WeightsError.of(
             "ckpt.corrupt", file.parent, "; ".join(bad), "copy the folder again, or run it again"
         )
-    state = weights.read(file)
-    require_known(card.architecture)
-    net: nn.Module = timm.create_model(
-        card.architecture, num_classes=len(card.classes), **card.options
-    )
-    weights.check(state, net.state_dict(), new=(), drop=(), place=file)
-    net.load_state_dict(state)
-    return net.eval(), card
+    return _rebuilt(card, weights.read(file), file), card
 
 
 def load_tables(path: Path) -> dict[str, NDArray[Any]]:
-    """The arrays saved beside the weights; {} where there are none."""
-    from safetensors.numpy import load_file
+    """The arrays saved beside the weights; {} where there are none.
 
+    Raises:
+        WeightsError: They are there, and damaged.
+    """
     file = find_file(path).with_name(TABLES)
-    return dict(load_file(file)) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    return {name: tensor.numpy() for name, tensor in weights.read(file).items()}
 
 
 def find_file(path: Path) -> Path:
@@ -180,50 +150,88 @@ def find_file(path: Path) -> Path:
     for candidate in (path, path / "model.safetensors", path / "model" / "model.safetensors"):
         if candidate.is_file():
             return candidate
-    text = "no model.safetensors here"
-    raise WeightsError.of("ckpt.missing", path, text, "name a run folder or its model folder")
+    raise _unfinished(path)
 
 
-def read_card(file: Path) -> Card:
-    """The Card from the header: JSON with bounds and a schema, never evaluated.
+def _unfinished(folder: Path) -> WeightsError:
+    """Says how far a run without a product had come."""
+    newest = checkpoint.newest(folder / "checkpoints")
+    if newest is None:
+        text = "no model.safetensors here"
+        return WeightsError([Fault("ckpt.missing", str(folder), text, NAME_A_RUN)])
+    state = checkpoint.where(newest)
+    history, best = state["numbers"]["history"], state["numbers"]["best"]
+    told = f", best val accuracy {100 * best['val_accuracy']:.1f} %" if best else ""
+    text = f"unfinished run: step {state['step']}, {len(history)} epochs done{told}; no model yet"
+    fix = f"finish it: python -m vitft.run {folder / 'recipe.resolved.yaml'} --resume {folder}"
+    return WeightsError([Fault("ckpt.unfinished", str(folder), text, fix)])
+
+
+# -- built from its Card --------------------------------------------------------------------------
+
+
+def _rebuilt(card: Card, state: Mapping[str, Tensor], file: Path) -> nn.Module:
+    """The model a Card describes, filled with tensors that fit it one by one.
+
+    A Card may come from anyone, so what it describes is compared with the tensors that are really
+    there before memory is taken for it.
+    """
+    if not timm.is_model(card.architecture):
+        text = f"its architecture {card.architecture!r} is unknown to timm {timm.__version__}"
+        raise WeightsError.of("ckpt.card", file, text, "update timm")
+    deepest = max(_depths(card), default=0)
+    if deepest > len(state):
+        text = f"it says {deepest:,} layers, the file holds {len(state):,} tensors"
+        raise WeightsError.of("ckpt.card", file, text, OURS)
+    sketch = _sketched(card, file)
+    if sketch is not None:
+        weights.check(state, sketch, place=file)
+    net = _create(card, file)
+    weights.check(state, net.state_dict(), place=file)
+    net.load_state_dict(state)
+    return net.eval()
+
+
+def _depths(card: Card) -> Iterator[int]:
+    for name in ("depth", "depths", "layers"):
+        value = card.options.get(name, 0)
+        yield from (n for n in (value if isinstance(value, list) else [value]) if type(n) is int)
+
+
+def _sketched(card: Card, file: Path) -> dict[str, Tensor] | None:
+    """Names and shapes alone, without memory; None for the few models that cannot be built so."""
+    try:
+        with torch.device("meta"):
+            return _create(card, file).state_dict()
+    except WeightsError:
+        return None
+
+
+def _create(card: Card, file: Path) -> nn.Module:
+    try:
+        net: nn.Module = timm.create_model(
+            card.architecture, num_classes=len(card.classes), **card.options
+        )
+    except Exception as e:  # whatever timm makes of options that do not go together
+        text = f"timm cannot build {card.architecture} with {card.options}: {e}"
+        raise WeightsError.of("ckpt.card", file, text[:400], OURS) from e
+    return net
+
+
+@torch.inference_mode()
+def _prove(net: nn.Module, file: Path, config: InputConfig, *, exact: bool) -> None:
+    """Reads a written file back and lets it answer for one picture, before it replaces another.
 
     Raises:
-        WeightsError: `ckpt.no_card`.
+        VitftError: `export.differs`: the file is not the model (a bug of ours).
     """
-    text = weights.read_metadata(file).get(CARD_KEY, "")
-    try:
-        if not text or len(text) > CARD_LIMIT:
-            raise ValueError(f"{len(text):,} bytes of it")
-        raw = json.loads(text)
-        raw["classes"] = tuple(_strings(raw["classes"]))
-        card = Card(**raw)
-        TransformSpec(**_tuples(card.transform))
-        DecodeSpec(**_tuples(card.decode))
-    except (ValueError, TypeError, KeyError) as e:
-        raise WeightsError.of(
-            "ckpt.no_card",
-            file,
-            f"its header does not say classes and preprocessing ({e})",
-            "use a model.safetensors written by vitft",
-        ) from e
-    return card
-
-
-def transform_of(card: Card) -> TransformSpec:
-    """The evaluation transform the model was measured with."""
-    return TransformSpec(**_tuples(card.transform))
-
-
-def decode_of(card: Card) -> DecodeSpec:
-    """How files became pixels when it was measured."""
-    return DecodeSpec(**_tuples(card.decode))
-
-
-def _tuples(section: dict[str, Any]) -> dict[str, Any]:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in section.items()}
-
-
-def _strings(values: Sequence[Any]) -> list[str]:
-    if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
-        raise ValueError("classes must be a list of names")
-    return values
+    device, training = next(net.parameters()).device, net.training
+    again = _rebuilt(read_card(file), weights.read(file), file).to(device)
+    x = torch.linspace(-1, 1, 3 * config.size[0] * config.size[1], device=device)
+    x = x.view(1, 3, *config.size)
+    wanted = net.eval()(x).float()
+    gap = float((again(x).float() - wanted).abs().max())
+    net.train(training)
+    if not gap <= (0.0 if exact else 1e-4 * (1 + float(wanted.abs().max()))):
+        text = f"read back, it answers differently (by {gap:.1e} at most)"
+        raise VitftError.of("export.differs", file, text, "please report this as a bug")
