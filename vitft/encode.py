@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     Tensor = torch.Tensor | np.ndarray[Any, Any]
 
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet computes a cell that starts like this
 DTYPES = {
     "bool": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16", "uint32": "U32",
     "int32": "I32", "uint64": "U64", "int64": "I64", "float16": "F16", "bfloat16": "BF16",
@@ -23,6 +24,11 @@ DTYPES = {
 def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A CSV file's text: values quoted where they need it, None empty, a newline after each."""
     return "".join(_csv_line(row) for row in (header, *rows))
+
+
+def csv_cell(text: str, safe: bool) -> str:
+    """Text of a CSV cell; with `safe`, one that a spreadsheet does not compute."""
+    return "'" + text if safe and text.startswith(FORMULA) else text
 
 
 def _csv_line(row: Sequence[object]) -> str:

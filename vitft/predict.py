@@ -10,6 +10,7 @@ photographs get the run's own probabilities.
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,8 @@ from torch import Tensor, nn
 from vitft import console, evaluate, images, io, product
 from vitft.console import say, track
 from vitft.doubt import Foreign
-from vitft.errors import DataError, escape
+from vitft.encode import csv_cell
+from vitft.errors import DataError, Fault, WeightsError, escape
 from vitft.evaluate import FIXED_BATCH, in_fixed_shape
 from vitft.features import backbone_of
 from vitft.folders import EXTENSIONS
@@ -68,8 +70,7 @@ class Predictor:
         self.decode: DecodeSpec = product.decode_of(self.card)
         self.transform: TransformSpec = product.transform_of(self.card)
         self._pixels = pixels(self.transform)
-        tables = product.load_tables(path)
-        self._foreign = Foreign.from_tensors(tables) if tables else None
+        self._foreign = _foreign(path, self.net)
         self._threshold = float((self.card.extras.get("abstain") or {}).get("threshold") or 0.0)
 
     def __call__(self, files: Sequence[Path]) -> Iterator[Answer]:
@@ -112,27 +113,50 @@ class Predictor:
         return list(zip(p, foreign, strict=True))
 
 
+def _foreign(path: Path, net: nn.Module) -> Foreign | None:
+    """What ordinary pictures look like, where the product says so; its arrays must fit the model.
+
+    Raises:
+        WeightsError: `ckpt.tables`.
+    """
+    tables = product.load_tables(path)
+    if not tables:
+        return None
+    try:
+        foreign = Foreign.from_tensors(tables)
+        foreign.is_foreign(np.ones((1, classifier(net).in_features), np.float32))
+    except (KeyError, ValueError, TypeError, IndexError) as error:
+        text = f"its {product.TABLES} does not fit the model ({type(error).__name__}: {error})"
+        fix = "copy the folder again as a whole"
+        raise WeightsError.of("ckpt.tables", path, text[:300], fix) from None
+    return foreign
+
+
 def list_files(inputs: Sequence[Path]) -> list[Path]:
     """Files as given, folders searched for photographs, hidden files left out; sorted per folder.
 
     Raises:
-        DataError: `data.root_missing` for each input that is not there, `data.unreadable_folder`.
+        DataError: `data.root_missing` for each input that is not there, `data.not_a_file` for
+            addresses and standard input, `data.unreadable_folder`.
     """
     missing = [p for p in inputs if not os.path.lexists(p)]
     if missing:
-        raise DataError(
-            [
-                fault
-                for p in missing
-                for fault in DataError.of(
-                    "data.root_missing", p, "there is no such file or folder", "check the path"
-                ).faults
-            ]
-        )
+        raise DataError([_absent(str(p)) for p in missing])
     out: list[Path] = []
     for given in inputs:
         out += _walk(given) if given.is_dir() else [given]
     return out
+
+
+def _absent(given: str) -> Fault:
+    if given == "-":
+        text, fix = "standard input is not read", "write the picture to a file and name that"
+    elif re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:/", given):  # pathlib made one slash of two
+        text, fix = "is an address, predict opens no network", "download it and name the file"
+    else:
+        text, fix = "there is no such file or folder", "check the path"
+        return Fault("data.root_missing", given, text, fix)
+    return Fault("data.not_a_file", given, text, fix)
 
 
 def _walk(folder: Path) -> list[Path]:
@@ -161,17 +185,28 @@ def top(answer: Answer, classes: Sequence[str], k: int) -> list[tuple[str, float
     return [(classes[i], float(answer.probabilities[i])) for i in order]
 
 
-def write_csv(file: Path, answers: Sequence[Answer], classes: Sequence[str]) -> None:
-    """Columns path, prediction, confidence, sure, foreign, error, p:<class>; one row per file."""
+def write_csv(
+    file: Path, answers: Sequence[Answer], classes: Sequence[str], *, safe: bool = False
+) -> None:
+    """Columns path, prediction, confidence, sure, foreign, error, p:<class>; one row per file.
+
+    Args:
+        file: Replaced whole.
+        answers: In their order.
+        classes: Names in the order of the probabilities.
+        safe: Text that a spreadsheet would compute starts with `'`.
+    """
     header = ["path", "prediction", "confidence", "sure", "foreign", "error"]
     header += [f"p:{c}" for c in classes]
 
     def row(a: Answer) -> list[object]:
+        path = csv_cell(str(a.path), safe)
         if a.probabilities is None:
-            return [a.path, "", "", "", "", a.error, *[""] * len(classes)]
+            return [path, "", "", "", "", a.error, *[""] * len(classes)]
         name, p = top(a, classes, 1)[0]
         foreign = "" if a.foreign is None else _yes(a.foreign)
-        return [a.path, name, p, _yes(a.sure), foreign, "", *a.probabilities.tolist()]
+        name = csv_cell(name, safe)
+        return [path, name, p, _yes(a.sure), foreign, "", *a.probabilities.tolist()]
 
     io.write_csv(file, header, map(row, answers))
 
@@ -196,6 +231,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("model", type=Path, metavar="MODEL", help="run folder or model.safetensors")
     p.add_argument("inputs", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER")
     p.add_argument("--csv", type=Path, metavar="FILE", help="write every probability here")
+    p.add_argument("--csv-safe", action="store_true", help="disarm text that looks like a formula")
     p.add_argument("--top", type=int, default=3, metavar="K", help="classes shown (default 3)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     return p
@@ -213,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         answers.append(answer)
         print(told(answer, classes, args.top))  # noqa: T201
     if args.csv:
-        write_csv(args.csv, answers, classes)
+        write_csv(args.csv, answers, classes, safe=args.csv_safe)
     bad = sum(1 for a in answers if a.error)
     say(f"{len(answers) - bad:,} of {len(answers):,} files answered, {bad:,} unreadable")
     return 3 if bad else 0

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from vitft import gallery, io, sections
+from vitft.encode import csv_cell
 from vitft.evaluate import Scores
 from vitft.gallery import Answers, Source
 from vitft.ledger import Ledger
@@ -21,7 +22,6 @@ from vitft.sections import History
 from vitft.stats import Interval, in_words
 
 DENSE = 1000  # classes; above it confusion_matrix.csv lists the cells that are not 0
-FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet computes a cell that starts like this
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def write_confusion(
 
     With more than `DENSE` classes: one row (label, prediction, count) for each cell that is not 0.
     """
-    names = [_cell(name, csv_safe) for name in classes]
+    names = [csv_cell(name, csv_safe) for name in classes]
     if len(names) <= DENSE:
         rows = ([name, *row.tolist()] for name, row in zip(names, confusion, strict=True))
         io.write_csv(path, ["label \\ prediction", *names], rows)
@@ -165,13 +165,13 @@ def write_predictions(
 
     A probability has the fewest digits that give the same number of its dtype again.
     """
-    names = [_cell(name, csv_safe) for name in classes]
+    names = [csv_cell(name, csv_safe) for name in classes]
     confidence = answers.confidence()
 
     def rows() -> Iterator[list[object]]:
         for i, file in enumerate(answers.paths):
             said = [names[answers.labels[i]], names[answers.guesses[i]], str(confidence[i])]
-            yield [_cell(file, csv_safe), *said, *map(str, answers.probabilities[i])]
+            yield [csv_cell(file, csv_safe), *said, *map(str, answers.probabilities[i])]
 
     header = ["path", "label", "prediction", "confidence", *(f"p:{name}" for name in classes)]
     io.write_csv(path, header, rows())
@@ -304,8 +304,3 @@ def _images(part: Section) -> int:
 
 def _several(n: int, one: str, many: str) -> str:
     return f"{n:,} {one if n == 1 else many}"
-
-
-def _cell(text: str, safe: bool) -> str:
-    """Text of a CSV cell; with `safe`, one that a spreadsheet does not compute."""
-    return "'" + text if safe and text.startswith(FORMULA) else text

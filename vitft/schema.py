@@ -391,6 +391,9 @@ class ReportSpec(Section):
         default=160, description="Side of a thumbnail in pixels."
     )
     max_images: Tally = Field(default=500, description="Photographs inside the page at most.")
+    csv_safe: Flag = Field(
+        default=False, description="Disarm text in CSV files that a spreadsheet would compute."
+    )
 
 
 class ExportSpec(Section):
