@@ -9,8 +9,10 @@ heads of the second are fitted, and likewise for a third:
     3  once more; the geometric mean of 2 and 3 is calibrated
 
 The chance that a label is wrong weighs those probabilities against the share of wrong labels in the
-whole folder, which is estimated from the same numbers; a reader who looks through a list wants most
-of the wrong ones in it, so a label is a suspect from a chance of three in ten.
+whole folder, which is estimated from the same numbers. A reader who looks through a list wants most
+of the wrong ones in it: a label is a suspect from a chance of three in ten. Where wrong labels are
+few that share is estimated too low (heads learn some of them), so a label that is less than 5 %
+likely is a suspect in any case.
 
 Features and labels in, ranked rows out. What a row means for the folder is the reader's decision:
 `Suspects.fixes` are proposals for fixes.csv.
@@ -26,6 +28,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 CHANCE = 0.3  # a label is a suspect from this chance of being wrong
+BELOW = 0.05  # or when it is less likely than this
 FOLDS = 5
 SURE = 0.9  # a proposal relabels when another class is at least this likely, else it drops
 START, TINY, ROUNDS = 0.05, 1e-6, 200  # of the expectation maximisation
@@ -46,7 +49,8 @@ class Suspects:
     Attributes:
         probs: [N, C] calibrated out-of-fold probabilities.
         wrong: [N] chance that the label a photograph carries is wrong.
-        share: Estimated share of wrong labels, the mean of `wrong`.
+        share: Estimated share of wrong labels, the mean of `wrong`; rather too low, since wrong
+            labels that follow a pattern are learned.
         suggested: [N] int64, the likeliest class.
         rows: [K] int64, the suspects, the most doubtful first.
     """
@@ -102,7 +106,8 @@ def find(
             both sides of a fold, where they would vouch for each other's wrong label.
         folds: Folds of each round.
         seed: Of the folds.
-        chance: Suspects are labels with at least this chance of being wrong.
+        chance: Suspects are labels with at least this chance of being wrong, and those less likely
+            than `BELOW`; another class must be likelier.
 
     Raises:
         ValueError: Lengths disagree, or there are fewer photographs than folds.
@@ -123,12 +128,11 @@ def find(
     everything = np.ones(len(labels), bool)
     trusted = _trusted(labels, ~confident(np.exp(judge(everything, 0)), labels))
     second = judge(trusted, 1)
-    doubted = chances(_calibrated(second, labels, trusted), labels) >= chance
-    trusted = _trusted(labels, ~doubted)
+    trusted = _trusted(labels, ~_doubted(_calibrated(second, labels, trusted), labels, chance))
     third = judge(trusted, 2)
     probs = _calibrated(_log_softmax((second + third) / 2), labels, trusted)
     wrong, suggested = chances(probs, labels), probs.argmax(axis=1)
-    listed = np.flatnonzero((wrong >= chance) & (suggested != labels))
+    listed = np.flatnonzero(_doubted(probs, labels, chance))
     order = np.argsort(-wrong[listed], kind="stable")
     return Suspects(probs, wrong, float(wrong.mean()), suggested, listed[order])
 
@@ -188,6 +192,13 @@ def chances(probs: Floats, labels: Ints) -> Floats:
         wrong = share * other / (share * other + (1 - share) * right)
         share = float(np.clip(wrong.mean(), TINY, 1 - TINY))
     return np.asarray(wrong)
+
+
+def _doubted(probs: Floats, labels: Ints, chance: float) -> Mask:
+    """[N] whether a label is a suspect."""
+    own = probs[np.arange(len(labels)), labels]
+    unlikely = (chances(probs, labels) >= chance) | (own < BELOW)
+    return np.asarray(unlikely & (probs.argmax(axis=1) != labels))
 
 
 def _trusted(labels: Ints, undoubted: Mask) -> Mask:
