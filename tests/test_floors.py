@@ -18,7 +18,7 @@ FLOORS = (
     "console images weights checkpoint gallery sources unpack",
     # data, models and arrays
     "fetch store contents assign loaders vit model maps train sections cli",
-    "probe audit export twin card",
+    "probe audit curve export twin card",
     "data features product offline report compare",
     # a whole run
     "prepare",
@@ -27,7 +27,8 @@ FLOORS = (
     "chapters",
     "writeup keep",
     # doors
-    "run predict check verify",
+    "run predict check",
+    "verify",
 )
 LEVEL = {room: level for level, names in enumerate(FLOORS) for room in names.split()}
 

@@ -301,3 +301,29 @@ def test_a_run_is_never_written_below_the_data(tiny_recipe, tmp_path):
     with pytest.raises(RecipeError, match=r"run.below_data\] .*photos/runs.*\nfix: start it in"):
         run(tiny_recipe("full", f"output={inside}"))
     assert not inside.exists()
+
+
+def test_the_ladder_measures_each_step_and_keeps_one(tiny_recipe):
+    result = run(tiny_recipe("ladder", "ladder.stop=false"))
+    stored = json.loads((result.folder / "metrics.json").read_text())
+    assert [r["step"] for r in stored["ladder"]] == ["knn", "ridge", "logistic", "head"]
+    assert [r["gain"] is None for r in stored["ladder"]] == [True, False, False, False]
+    assert sum(r["kept"] for r in stored["ladder"]) == 1
+    assert stored["backbone_frozen"] is True
+    assert "The ladder" in (result.folder / "report.html").read_text()
+    assert result.scores.accuracy > 0.6
+
+
+def test_the_ladder_stops_where_a_gain_cannot_be_told_from_luck(tiny_recipe):
+    result = run(tiny_recipe("ladder"))
+    stored = json.loads((result.folder / "metrics.json").read_text())
+    assert [r["step"] for r in stored["ladder"]][:2] == ["knn", "ridge"]
+    assert len(stored["ladder"]) < 4
+    assert "cannot be told from luck" in (result.folder / "log.txt").read_text()
+
+
+def test_the_ladder_may_end_with_fine_tuning(tiny_recipe):
+    steps = "ladder.steps=[logistic, blocks, full]"
+    result = run(tiny_recipe("ladder", steps, "ladder.stop=false", "train.blocks=1"))
+    stored = json.loads((result.folder / "metrics.json").read_text())
+    assert [r["step"] for r in stored["ladder"]] == ["logistic", "blocks", "full"]

@@ -4,10 +4,12 @@ One function per part; each returns a `Section` that stands by its summary alone
 through a function that gives a thumbnail for a row of the index.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from vitft import trust
 from vitft.charts import Chart, Series
+from vitft.curve import Curve
 from vitft.doubt import Abstain, Accepted
 from vitft.findings import Findings
 from vitft.pages import (
@@ -29,9 +31,12 @@ SHOWN = 24  # photographs of suspects, pairs of copies
 Thumbnail = Callable[[int], bytes | None]
 
 
-def chapters(p: Prepared, found: Findings, thumbnail: Thumbnail) -> tuple[Section, ...]:
+def chapters(
+    p: Prepared, rungs: Sequence[dict[str, Any]], found: Findings, thumbnail: Thumbnail
+) -> tuple[Section, ...]:
     """Every part that there is something to say in."""
-    return tuple(_chapters(p, found, thumbnail))
+    ladder = (_ladder(rungs),) if rungs else ()
+    return (*ladder, *_chapters(p, found, thumbnail))
 
 
 def steps(found: Findings) -> tuple[Link, ...]:
@@ -68,8 +73,35 @@ def _chapters(p: Prepared, found: Findings, thumbnail: Thumbnail) -> Iterator[Se
         yield _labels(p, found, thumbnail)
     if found.links is not None:
         yield _copies(p, found, thumbnail)
+    if found.growth is not None:
+        yield _growth(found, found.growth)
     if found.left_out:
         yield Section("left-out", "What was not looked at", "", (Bullets(tuple(found.left_out)),))
+
+
+def _ladder(rungs: Sequence[dict[str, Any]]) -> Section:
+    """The steps of mode ladder, as they were tried."""
+    rows = []
+    for r in rungs:
+        share = Share(r["accuracy"], r["interval"]["low"], r["interval"]["high"])
+        rows.append((r["step"], share, _gain(r["gain"]), f"{r['seconds']:.1f} s", _mark(r)))
+    header = ("step", "right on val", "gain over the step kept before", "cost", "")
+    last = rungs[-1]
+    kept = next((r["step"] for r in rungs if r["kept"]), last["step"])
+    summary = f"Each step against the cheaper one, on the same val photographs; {kept} is kept."
+    return Section("ladder", "The ladder", summary, (Table(header, tuple(rows)),), folded=False)
+
+
+def _gain(gain: dict[str, Any] | None) -> str:
+    if gain is None:
+        return "the first step"
+    low, high = gain["interval"]["low"], gain["interval"]["high"]
+    told = "distinguishable" if gain["p"] < 1 - gain["level"] else "not distinguishable"
+    return f"{100 * gain['estimate']:+.1f} points [{100 * low:.1f}, {100 * high:.1f}], {told}"
+
+
+def _mark(rung: dict[str, Any]) -> str:
+    return "kept" if rung["kept"] else ""
 
 
 def _calibration(found: Findings) -> Section:
@@ -191,6 +223,33 @@ def _top(probabilities: object, classes: tuple[str, ...]) -> list[tuple[str, flo
 
     p = np.asarray(probabilities)
     return [(classes[k], float(p[k])) for k in np.argsort(-p, kind="stable")[:3]]
+
+
+def _growth(found: Findings, growth: Curve) -> Section:
+    points = growth.points
+    sizes = [float(q.n) for q in points]
+    measured = Series("measured", [q.accuracy for q in points], x=sizes, style="points")
+    law = Series(
+        "law and its band",
+        [q.fitted for q in points],
+        x=sizes,
+        low=[q.band.low for q in points],
+        high=[q.band.high for q in points],
+    )
+    chart = Chart(
+        "Accuracy on val against training photographs",
+        (measured, law),
+        x_label="training photographs",
+        x_log=True,
+        percent=True,
+        caption="Each point is the mean of several draws; the band is for planning, not a promise.",
+    )
+    rows = [
+        (g.name, g.n, f"{100 * g.loss:+.1f} points {g.interval.percent()}") for g in found.gains
+    ]
+    header = ("class", "train photographs", "balanced accuracy lost without half of them")
+    table = Table(header, tuple(rows), caption="The class that costs most is worth most.")
+    return Section("growth", "How many more photographs?", growth.more.sentence(), (chart, table))
 
 
 def _copies(p: Prepared, found: Findings, thumbnail: Thumbnail) -> Section:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vitft import audit, doubt, io, stats, suspects, trust
+from vitft import audit, curve, doubt, io, stats, suspects, trust
 from vitft.console import say
 from vitft.evaluate import Predictions
 from vitft.learn import Learned, band_of_heads, extract, head_fit
@@ -22,6 +22,7 @@ from vitft.prepare import Prepared
 from vitft.split import SPLITS
 
 ERRORS = (0.01, 0.02, 0.05)  # targets told where the recipe names none
+SMALLEST_CLASS = 16  # train photographs of a class from which a curve can be drawn
 LEAST_PER_FOLD = 4  # photographs of the rarest class for a fold to mean anything
 
 
@@ -41,6 +42,8 @@ class Findings:
         honest: Accuracy with and without linked photographs.
         doubted: Labels that look wrong, over all photographs.
         clean: Accuracy without the scored photographs whose label is doubted.
+        growth: Accuracy against the number of training photographs, measured on val.
+        gains: What half of each class's photographs is worth, the most valuable first.
         band: Spread of the accuracy over head seeds.
         intervals: Of macro-F1, balanced accuracy and log loss.
         left_out: Why a part is missing, one sentence each.
@@ -58,6 +61,8 @@ class Findings:
     honest: audit.Honest | None
     doubted: suspects.Suspects | None
     clean: audit.Share | None
+    growth: curve.Curve | None
+    gains: tuple[curve.ClassGain, ...]
     band: trust.SeedBand | None
     intervals: dict[str, stats.Interval]
     left_out: tuple[str, ...]
@@ -77,6 +82,8 @@ class Findings:
             },
             "honest": _plain(self.honest),
             "clean": _plain(self.clean),
+            "learning_curve": _plain(self.growth),
+            "class_gains": [asdict(g) for g in self.gains],
             "seed_band": _plain(self.band),
             "intervals": {k: asdict(v) for k, v in self.intervals.items()},
             "left_out": list(self.left_out),
@@ -117,6 +124,9 @@ def find(p: Prepared, learned: Learned, predictions: Predictions, val: Predictio
     doubted = None
     if spec.suspects and x is not None:
         doubted = clock("suspects", lambda: _suspects(p, learned, x, links, left_out))
+    growth, gains = None, ()
+    if spec.learning_curve and x is not None:
+        growth, gains = clock("learning curve", lambda: _growth(p, learned, x, left_out))
     right = predictions.logits.argmax(axis=1) == predictions.labels
     return Findings(
         temperature=temperature,
@@ -130,6 +140,8 @@ def find(p: Prepared, learned: Learned, predictions: Predictions, val: Predictio
         honest=_honest(p, links, right) if links is not None else None,
         doubted=doubted,
         clean=_clean(p, doubted, right) if doubted is not None else None,
+        growth=growth,
+        gains=gains,
         band=clock("seeds", lambda: _band(p, learned)),
         intervals=clock("intervals", lambda: _intervals(p, predictions)),
         left_out=tuple(left_out),
@@ -226,6 +238,26 @@ def _suspects(
         groups=None if links is None else list(links.group),
         seed=p.recipe.seed,
     )
+
+
+def _growth(
+    p: Prepared, learned: Learned, x: NDArray[np.float32], left_out: list[str]
+) -> tuple[curve.Curve | None, tuple[curve.ClassGain, ...]]:
+    """The curve on val: the test photographs stay out of planning."""
+    train, val = p.index.rows("train"), p.index.rows("val")
+    y = p.index.labels
+    counts = np.bincount(y[train], minlength=len(p.index.classes))
+    if counts.min() < SMALLEST_CLASS:
+        left_out.append(
+            f"the learning curve: the smallest class has {counts.min()} train photographs, "
+            f"{SMALLEST_CLASS} are needed"
+        )
+        return None, ()
+    sides = (x[train], y[train], x[val], y[val])
+    fit, seed = head_fit(p, learned), p.recipe.seed
+    growth = curve.learning_curve(*sides, fit=fit, classes=len(counts), seed=seed)
+    gains = curve.class_gains(*sides, fit=fit, classes=p.index.classes, seed=seed)
+    return growth, tuple(sorted(gains, key=lambda g: -g.loss))
 
 
 def _clean(p: Prepared, doubted: suspects.Suspects, right: NDArray[np.bool_]) -> audit.Share:

@@ -42,6 +42,7 @@ class Learned:
         features: Split -> plain features [1, N, D] where the mode computed them.
         backbone_frozen: The backbone's hash was equal before and after; None in mode full.
         train_views: Features [V, N, D] the head was trained on, where it was.
+        rungs: Records of a ladder's steps.
     """
 
     history: tuple[dict[str, Any], ...]
@@ -49,6 +50,7 @@ class Learned:
     features: dict[str, Features]
     backbone_frozen: bool | None
     train_views: Features | None = None
+    rungs: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -70,24 +72,32 @@ def learn(p: Prepared, hooks: Hooks) -> Learned:
         VitftError: `train.not_frozen`: a frozen backbone changed (a bug of ours; never seen).
     """
     if p.recipe.mode == "full":
-        return _full(p, hooks)
+        return fine_tune(p, hooks)
+    solve = p.recipe.mode == "probe"
+    kind = p.recipe.probe.kind
+    return require_frozen(p, lambda: solve_head(p, hooks, kind) if solve else train_head(p, hooks))
+
+
+def require_frozen(p: Prepared, work: Callable[[], Learned]) -> Learned:
+    """Does the work with a frozen backbone and proves that it stayed as it was."""
     model.freeze_backbone(p.net)
     before = model.backbone_fingerprint(p.net)
-    learned = _probe(p, hooks) if p.recipe.mode == "probe" else _head(p, hooks)
+    learned = work()
     if model.backbone_fingerprint(p.net) != before:
         text = "the frozen backbone's sha256 changed during training"
         raise VitftError.of("train.not_frozen", p.recipe.model.name, text, "report this as a bug")
     return replace(learned, backbone_frozen=True)
 
 
-def _probe(p: Prepared, hooks: Hooks) -> Learned:
+def solve_head(p: Prepared, hooks: Hooks, kind: str) -> Learned:
+    """A linear head on plain features, by `logistic` regression or `ridge`."""
     from vitft import probe
 
     spec, classes = p.recipe.probe, len(p.index.classes)
     seen = {split: extract(p, split) for split in ("train", "val")}
     x, y = seen["train"].x[0], seen["train"].y
     x_val, y_val = seen["val"].x[0], seen["val"].y
-    solve = {"logistic": probe.logistic_path, "ridge": probe.ridge_path}[spec.kind]
+    solve = {"logistic": probe.logistic_path, "ridge": probe.ridge_path}[kind]
     solved = solve(
         x,
         y,
@@ -101,15 +111,16 @@ def _probe(p: Prepared, hooks: Hooks) -> Learned:
         device=p.device,
     )
     model.set_head(p.net, torch.as_tensor(solved.weight), torch.as_tensor(solved.bias))
-    history = tuple(dict(row) for row in solved.table)
+    history = tuple({**r, "chosen": r["strength"] == solved.strength} for r in solved.table)
     for record in history:
         hooks.on_record(record)
-    best = next(r for r in history if r["strength"] == solved.strength)
-    say(f"probe: strength {solved.strength:.3g}, val accuracy {100 * best['val_accuracy']:.1f} %")
+    best = next(r for r in history if r["chosen"])
+    say(f"{kind}: strength {solved.strength:.3g}, val accuracy {100 * best['val_accuracy']:.1f} %")
     return Learned(history, best, seen, None)
 
 
-def _head(p: Prepared, hooks: Hooks) -> Learned:
+def train_head(p: Prepared, hooks: Hooks) -> Learned:
+    """The head through the training loop, on cached views or through the backbone."""
     if p.recipe.head.views == "online":
         result = _fit(p, p.net, p.batches(p.photos("train", augment=True), train=True), hooks)
         return Learned(result.history, result.best, {}, None)
@@ -134,8 +145,10 @@ def _view_batches(p: Prepared, cached: Features, seed: int) -> features.Views:
     )
 
 
-def _full(p: Prepared, hooks: Hooks) -> Learned:
+def fine_tune(p: Prepared, hooks: Hooks) -> Learned:
+    """All parameters, or the last K blocks, through the training loop over photographs."""
     spec = p.recipe.train
+    p.net.requires_grad_(True)
     if spec.blocks is not None:
         model.train_last_blocks(p.net, spec.blocks)
     if spec.grad_checkpointing:

@@ -38,6 +38,7 @@ from vitft.console import say
 from vitft.errors import RecipeError
 from vitft.evaluate import Predictions, Scores
 from vitft.findings import Findings
+from vitft.ladder import climb
 from vitft.learn import Hooks, Learned, extract, head_predictions, learn
 from vitft.prepare import Prepared
 from vitft.recipe import Recipe
@@ -99,7 +100,8 @@ def _run(
 ) -> Result:
     _write_inputs(p, spec, folder)
     with _polite_stop(folder) as stop:
-        learned = learn(p, _hooks(p, folder, stop, resume=resume, anyway=anyway))
+        climb_or_learn = climb if p.recipe.mode == "ladder" else learn
+        learned = climb_or_learn(p, _hooks(p, folder, stop, resume=resume, anyway=anyway))
     split = p.test_split
     predictions = predict_split(p, learned, split)
     val = predictions if split == "val" else predict_split(p, learned, "val")
@@ -284,6 +286,7 @@ def _write_numbers(
             | {"confusion_matrix": scores.confusion.tolist()},
             "trust": found.as_dict(),
             "best": learned.best,
+            "ladder": list(learned.rungs),
             "backbone_frozen": learned.backbone_frozen,
             "warnings": list(p.warnings),
             "ledger": p.index.ledger.as_dict(),

@@ -345,7 +345,7 @@ class TrainSpec(Section):
 class ProbeSpec(Section):
     """Mode probe: a linear model on frozen features, its strength chosen on val."""
 
-    kind: Literal["logistic", "ridge", "knn"] = Field(default="logistic", description="The solver.")
+    kind: Literal["logistic", "ridge"] = Field(default="logistic", description="The solver.")
     strengths: Annotated[tuple[Positive, ...], Field(min_length=1, max_length=1000)] = Field(
         default=STRENGTHS, description="Inverse regularisation strengths (C) to choose from."
     )

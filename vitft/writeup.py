@@ -73,7 +73,7 @@ def page(
         notes=notes(found),
         intervals=found.intervals,
         steps=steps(found),
-        extras=chapters(p, found, lambda row: _thumbnail(p, row)),
+        extras=chapters(p, learned.rungs, found, lambda row: _thumbnail(p, row)),
         warnings=p.warnings if p.test_split == "test" else (*p.warnings, NO_TEST),
         mistakes=spec.report.gallery,
         max_images=spec.report.max_images,
