@@ -45,7 +45,9 @@ class Fault:
     fix: str
 
     def __str__(self) -> str:
-        return f"error[{self.id}] {escape(self.place)}: {escape(self.text)}\nfix: {escape(self.fix)}"
+        return (
+            f"error[{self.id}] {escape(self.place)}: {escape(self.text)}\nfix: {escape(self.fix)}"
+        )
 
 
 class VitftError(ValueError):
