@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve()
 SAMPLE = HERE.parents[2] / "vitft" / "bundled" / "flowers"
@@ -132,12 +133,11 @@ def show(
 
 def tutorial(data: Path, epochs: int) -> None:
     """Frozen ViT, a full forward of every photograph in every epoch."""
-    import timm
     import torch
     from torch.utils.data import DataLoader, Subset
     from torchvision import datasets, transforms
 
-    net = _backbone(timm, torch, classes=5)
+    net = _backbone(classes=5)
     net.requires_grad_(False)
     net.head.requires_grad_(True)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -154,7 +154,7 @@ def tutorial(data: Path, epochs: int) -> None:
     for _ in range(epochs):
         net.train()
         for x, y in batches:
-            loss = torch.nn.functional.cross_entropy(net(x), y)
+            loss: Any = torch.nn.functional.cross_entropy(net(x), y)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -176,9 +176,10 @@ def sklearn(data: Path, epochs: int) -> None:
     from torch.utils.data import DataLoader
     from torchvision import datasets
 
-    net = _backbone(timm, torch, classes=0).eval()
-    config = timm.data.resolve_model_data_config(net) | {"input_size": (3, 224, 224)}
-    images = datasets.ImageFolder(str(data), timm.data.create_transform(**config))
+    net = _backbone(classes=0).eval()
+    timm_data: Any = timm.data
+    config = timm_data.resolve_model_data_config(net) | {"input_size": (3, 224, 224)}
+    images = datasets.ImageFolder(str(data), timm_data.create_transform(**config))
     x, y = [], []
     with torch.inference_mode():
         for pixels, labels in DataLoader(images, batch_size=32):
@@ -194,14 +195,16 @@ def sklearn(data: Path, epochs: int) -> None:
         np.savez(Path(scratch) / "head.npz", weight=head.coef_, bias=head.intercept_)
 
 
-def _backbone(timm, torch, classes):  # type: ignore[no-untyped-def]
+def _backbone(classes: int) -> Any:
     """The same weights in timm's own class, resampled to 224 pixels by timm."""
+    import timm
     from safetensors.torch import load_file
 
     file = HERE.parents[2] / "vitft" / "bundled" / "vit_s14.fp16.safetensors"
     name = "vit_small_patch14_dinov2"
-    net = timm.create_model(name, img_size=224, num_classes=classes)
-    state = timm.models.vision_transformer.checkpoint_filter_fn(load_file(file), net)
+    net: Any = timm.create_model(name, img_size=224, num_classes=classes)
+    vit: Any = timm.models.vision_transformer
+    state = vit.checkpoint_filter_fn(load_file(file), net)
     net.load_state_dict({k: v.float() for k, v in state.items()}, strict=False)
     return net
 
