@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
@@ -39,6 +40,7 @@ NULL = 1e-10  # eigenvalue over the largest, below which fewer rows than feature
 ABSENT = -1e4  # bias of a class without training photographs: never named, exports as float16
 MEMORY = 10  # pairs of L-BFGS
 WINDOW = 10  # steps over which progress is judged
+GRAD = 1.0
 CALM = 2  # steps in a row that promise little, before that is believed
 ARMIJO = 1e-4
 NOISE = 2e-7  # relative rounding error of a float32 objective
@@ -49,6 +51,7 @@ KS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
 
 Floats = NDArray[np.float32]
+Labelled = tuple[Floats, NDArray[np.int64]]
 Device = torch.device | str
 
 
@@ -116,7 +119,7 @@ def logistic_path(
     best = _best(table, by_loss=True)
     chosen = task, w[best]
     if refit:
-        both = _Task(*(np.concatenate(p) for p in zip(train, val, strict=True)), classes, device)
+        both = _Task(*_joined(train, val), classes, device)
         chosen = both, _path(both, grid[best : best + 1], tol, max_iter)[0][0]
     return Probe(*chosen[0].fold(chosen[1]), table[best]["strength"], tuple(table))
 
@@ -150,7 +153,7 @@ def ridge_path(
     best = _best(table, by_loss=False)
     chosen = task, w[best]
     if refit:
-        both = _Task(*(np.concatenate(p) for p in zip(train, val, strict=True)), classes, device)
+        both = _Task(*_joined(train, val), classes, device)
         chosen = both, _ridge(both, grid[best : best + 1])[0]
     return Probe(*chosen[0].fold(chosen[1]), table[best]["strength"], tuple(table))
 
@@ -212,15 +215,15 @@ class _Votes:
     def __init__(
         self, rows: Floats, labels: NDArray[np.int64], classes: int, t: float, device: torch.device
     ) -> None:
-        self.bank = torch.nn.functional.normalize(torch.as_tensor(rows, device=device))  # [N, D]
+        self.bank = F.normalize(torch.as_tensor(rows, device=device))  # [N, D]
         self.labels = torch.as_tensor(labels, device=device)
         self.classes, self.temperature = classes, t
 
     def __call__(self, queries: Floats, ks: Sequence[int]) -> list[Floats]:
         """[M, C] shares of the votes, for each k."""
         out: list[list[Floats]] = [[] for _ in ks]
-        for part in torch.as_tensor(queries, device=self.bank.device).split(1024):
-            cosine = torch.nn.functional.normalize(part) @ self.bank.T  # [m, N]
+        for part in torch.split(torch.as_tensor(queries, device=self.bank.device), 1024):
+            cosine = F.normalize(part) @ self.bank.T  # [m, N]
             near, which = cosine.topk(max(ks), dim=1)
             weight = torch.exp((near - near[:, :1]) / self.temperature)  # [m, k], the first is 1
             for k, votes in zip(ks, out, strict=True):
@@ -228,6 +231,10 @@ class _Votes:
                 total.scatter_add_(1, self.labels[which[:, :k]], weight[:, :k])
                 votes.append((total / total.sum(1, keepdim=True)).cpu().numpy())
         return [np.concatenate(votes) for votes in out]
+
+
+def _joined(train: Labelled, val: Labelled) -> Labelled:
+    return np.concatenate([train[0], val[0]]), np.concatenate([train[1], val[1]])
 
 
 def _checked(x: ArrayLike, y: ArrayLike, classes: int) -> tuple[Floats, NDArray[np.int64]]:
@@ -295,7 +302,7 @@ class _Task:
 
     def standardised(self, x: Tensor) -> Iterator[Tensor]:
         """Blocks [n, D] float64."""
-        for block in x.split(8192):
+        for block in torch.split(x, 8192):
             yield (block.double() - self.mean) / self.deviation
 
     def _rotate(self, x: Tensor) -> None:
@@ -336,12 +343,12 @@ class _Task:
         right = w.new_zeros(len(w), dtype=torch.int64)
         lost = w.new_zeros(len(w), dtype=torch.float64)
         z = self.rotated(torch.as_tensor(x, device=self.device))
-        for rows, named in zip(z.split(1024), truth.split(1024), strict=True):
+        for rows, named in zip(torch.split(z, 1024), torch.split(truth, 1024), strict=True):
             for lane, head in enumerate(w):
                 full = head.new_full((len(rows), self.classes), ABSENT)
                 full[:, present] = rows @ head.T
                 right[lane] += (full.argmax(1) == named).sum()
-                lost[lane] += torch.nn.functional.cross_entropy(full.double(), named, reduction="sum")
+                lost[lane] += F.cross_entropy(full.double(), named, reduction="sum")
         return [
             {"val_accuracy": int(r) / len(y), "val_loss": float(f) / len(y)}
             for r, f in zip(right, lost, strict=True)
@@ -378,7 +385,7 @@ class _Task:
         """Rows in blocks whose logits stay in the processor's cache, or fill a GPU."""
         budget = 2**18 if self.device.type == "cpu" else 2**26
         rows = max(256, budget // columns)
-        return self.z.split(rows), self.y.split(rows)
+        return torch.split(self.z, rows), torch.split(self.y, rows)
 
 
 def _residual(logits: Tensor, named: Tensor) -> tuple[Tensor, Tensor]:
@@ -396,7 +403,7 @@ def _residual(logits: Tensor, named: Tensor) -> tuple[Tensor, Tensor]:
 def _ridge(task: _Task, grid: NDArray[np.float64]) -> Tensor:
     """Solutions [L, C', R]; in the eigenbasis each coordinate is a division."""
     n, classes = len(task.y), len(task.present)
-    target = torch.nn.functional.one_hot(task.y, classes).float()
+    target = F.one_hot(task.y, classes).float()
     moment = (target - target.mean(0)).T @ task.z[:, :-1]  # [C', R - 1]
     c = torch.as_tensor(grid, device=task.device)[:, None, None]
     w = c * moment / (c * n * task.spread[:-1].double() + 1)
@@ -475,6 +482,7 @@ class _Solve:
         self.past = torch.full((WINDOW, lanes), float("inf"), device=start.device).double()
         self.lane = torch.arange(lanes, device=start.device)
         self.round = 0
+        self.d = torch.zeros_like(self.w)
         self._aim(torch.ones(lanes, dtype=torch.bool, device=start.device))
 
     def run(self) -> tuple[Tensor, NDArray[np.int64], NDArray[np.float64]]:
@@ -514,7 +522,7 @@ class _Solve:
         trial = self.w + move
         f, g, curvature = self._value(trial)
         enough = self.f + ARMIJO * self.t[:, 0] * self.slope + NOISE * self.f.abs()
-        taken = f <= enough
+        taken: Tensor = f <= enough
         slot = self.round % MEMORY
         change = g - self.g
         along = torch.linalg.vecdot(move, change)
@@ -540,7 +548,8 @@ class _Solve:
         t, slope = self.t[:, 0], self.slope
         bottom = -slope * t**2 / (2 * (f - self.f - slope * t))
         bottom = torch.nan_to_num(bottom, nan=0.0, posinf=0.0, neginf=0.0)
-        return torch.clamp(bottom, 0.05 * t, 0.5 * t).float()[:, None]
+        kept: Tensor = torch.clamp(bottom, 0.05 * t, 0.5 * t).float()[:, None]
+        return kept
 
     def _aim(self, taken: Tensor) -> None:
         """The two-loop recursion, newest pair first; lanes that only shorten keep their aim."""
@@ -563,10 +572,24 @@ class _Solve:
         before = self.past.gather(0, (self.steps % WINDOW)[None])[0]
         slow = before - self.f <= 10 * self.tol * self.f
         stuck = self.t[:, 0] < SHORTEST
-        return (taken & (small | slow | (self.steps >= self.max_iter))) | stuck
+        flat = self.g.abs().amax(1) <= GRAD * self.tol
+        return (taken & (small | slow | flat | (self.steps >= self.max_iter))) | stuck
 
     def _keep(self, which: Tensor) -> None:
-        for name in ("ridge", "w", "f", "g", "scale", "gain", "t", "steps", "small", "lane", "d", "slope"):
+        for name in (
+            "ridge",
+            "w",
+            "f",
+            "g",
+            "scale",
+            "gain",
+            "t",
+            "steps",
+            "small",
+            "lane",
+            "d",
+            "slope",
+        ):
             setattr(self, name, getattr(self, name)[which])
         for name in ("s", "y", "rho", "past"):
             setattr(self, name, getattr(self, name)[:, which])
