@@ -19,7 +19,7 @@ FLOORS = (
     # data, models and arrays
     "fetch store contents assign loaders vit model maps train sections cli",
     "probe audit curve export twin card",
-    "data features product offline report compare",
+    "data features product offline report compare cache",
     # a whole run
     "prepare",
     "learn explain",
