@@ -6,6 +6,7 @@ functions of (seed, step), so that a resumed run draws what the undisturbed one 
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ class Snapshot:
         batch: Batches of that epoch already used.
         tensors: Flat names (`model/...`, `ema/...`, `optimizer/...`, `best/...`, `sums/...`).
         numbers: JSON values: best score, history, scaler, patience.
+        changed: What differs from the run that saved it, where going on was allowed anyway.
     """
 
     step: int
@@ -36,6 +38,7 @@ class Snapshot:
     batch: int
     tensors: dict[str, Tensor]
     numbers: dict[str, Any] = field(default_factory=dict)
+    changed: tuple[str, ...] = ()
 
 
 def save(folder: Path, snapshot: Snapshot, *, identity: dict[str, Any], keep: int = 2) -> Path:
@@ -63,9 +66,22 @@ def save(folder: Path, snapshot: Snapshot, *, identity: dict[str, Any], keep: in
     return path
 
 
-def newest(folder: Path) -> Path | None:
-    """The newest checkpoint whose manifest verifies, or None; broken ones are passed over."""
-    return io.newest_whole(folder, "step-*")
+def newest(
+    folder: Path, on_broken: Callable[[Path, tuple[str, ...]], None] | None = None
+) -> Path | None:
+    """The newest checkpoint whose manifest verifies, or None; broken ones are passed over.
+
+    Args:
+        folder: The run's `checkpoints/`.
+        on_broken: Told of each newer one that does not verify, with its problems.
+    """
+    return io.newest_whole(folder, "step-*", on_broken)
+
+
+def where(path: Path) -> dict[str, Any]:
+    """How far the run was, without its tensors: `step`, `epoch` (from 0) and `numbers`."""
+    state: dict[str, Any] = json.loads((path / "state.json").read_text("utf-8"))
+    return state
 
 
 def load(path: Path, *, identity: dict[str, Any], anyway: bool = False) -> Snapshot:
@@ -87,27 +103,32 @@ def load(path: Path, *, identity: dict[str, Any], anyway: bool = False) -> Snaps
         raise WeightsError.of(
             "ckpt.corrupt", path, "; ".join(problems), "resume from an older checkpoint beside it"
         )
-    meta = json.loads((path / "state.json").read_text("utf-8"))
+    meta = where(path)
     if meta["format"] > FORMAT:
         text = f"written in format {meta['format']}, this vitft reads up to {FORMAT}"
         raise WeightsError.of("ckpt.newer", path, text, "update vitft")
-    different = _differences(meta["identity"], identity)
-    if different and not anyway:
+    changed = _differences(meta["identity"], identity)
+    if changed and not anyway:
         raise WeightsError.of(
             "ckpt.other_run",
             path,
-            "it belongs to a run with " + "; ".join(different),
+            "it belongs to a run with " + "; ".join(changed),
             "resume with the run's own recipe.resolved.yaml, or pass --resume-anyway",
         )
     tensors = load_file(path / "state.safetensors")
-    return Snapshot(meta["step"], meta["epoch"], meta["batch"], tensors, meta["numbers"])
+    at = (meta["step"], meta["epoch"], meta["batch"])
+    return Snapshot(*at, tensors, meta["numbers"], changed)
 
 
-def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> tuple[str, ...]:
     keys = sorted(theirs.keys() | ours.keys())
-    return [
-        f"{k} {theirs.get(k)!r} (now {ours.get(k)!r})" for k in keys if theirs.get(k) != ours.get(k)
-    ]
+    pairs = ((k, theirs.get(k), ours.get(k)) for k in keys)
+    return tuple(f"{k} {_short(a)} (now {_short(b)})" for k, a, b in pairs if a != b)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:100]}... ({len(text):,} characters)"
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

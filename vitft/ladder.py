@@ -112,8 +112,7 @@ def climb(p: Prepared, hooks: Hooks) -> Learned:
 def _keep(p: Prepared, kept: _Tried | None, rungs: list[Rung], name: str) -> Learned:
     if kept is None or kept.learned is None or kept.state is None:
         say("neighbours are no linear head: logistic regression becomes the model")
-        quiet = Hooks(lambda record: None, None, lambda: None, None)
-        kept, name = _solved(p, quiet, "logistic"), "logistic"
+        kept, name = _solved(p, Hooks(), "logistic"), "logistic"
     if kept.learned is None or kept.state is None:
         raise ValueError("a solved step has a model")
     p.net.load_state_dict(kept.state)

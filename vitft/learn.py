@@ -9,6 +9,7 @@ photographs are not touched here.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -55,12 +56,22 @@ class Learned:
 
 @dataclass(frozen=True)
 class Hooks:
-    """The run's side of training: where records and checkpoints go, and when to stop."""
+    """The run's side of training.
 
-    on_record: Callable[[dict[str, Any]], None]
-    save: Callable[[Snapshot], None] | None
-    stop: Callable[[], int | None]
-    resume: Snapshot | None
+    Attributes:
+        on_record: Takes each record as it is made.
+        save: Keeps a snapshot; None where there is nothing worth keeping.
+        resume: What to go on from.
+        listen: While the loop is in this context, signals are not obeyed at once but told by the
+            function it gives, so that a step is finished and saved; elsewhere they end the run.
+    """
+
+    on_record: Callable[[dict[str, Any]], None] = lambda record: None
+    save: Callable[[Snapshot], None] | None = None
+    resume: Snapshot | None = None
+    listen: Callable[[], AbstractContextManager[Callable[[], int | None]]] = lambda: nullcontext(
+        lambda: None
+    )
 
 
 def learn(p: Prepared, hooks: Hooks) -> Learned:
@@ -193,19 +204,20 @@ def _fit(
     val: Features | None = None,
 ) -> train.Result:
     spec = p.recipe.train
-    trainer = train.Trainer(
-        net,
-        batches,
-        spec,
-        seed=p.recipe.seed,
-        validate=_validation(p, val),
-        soft=net is p.net and bool(spec.mixup or spec.cutmix),
-        class_weight=class_weight(p),
-        on_record=hooks.on_record,
-        save=hooks.save,
-        stop=hooks.stop,
-    )
-    return trainer.fit(hooks.resume)
+    with hooks.listen() as stop:
+        trainer = train.Trainer(
+            net,
+            batches,
+            spec,
+            seed=p.recipe.seed,
+            validate=_validation(p, val),
+            soft=net is p.net and bool(spec.mixup or spec.cutmix),
+            class_weight=class_weight(p),
+            on_record=hooks.on_record,
+            save=hooks.save,
+            stop=stop,
+        )
+        return trainer.fit(hooks.resume)
 
 
 def _validation(p: Prepared, val: Features | None) -> train.Validate:
@@ -284,7 +296,6 @@ def band_of_heads(p: Prepared, learned: Learned) -> list[float]:
             nn.init.trunc_normal_(head.weight, std=0.02)
             nn.init.zeros_(head.bias)
         rows = _view_batches(p, learned.train_views, derive_seed(p.recipe.seed, "band", k))
-        quiet = Hooks(lambda record: None, None, lambda: None, None)
-        _fit(p, head.to(p.device), rows, quiet, val=val)
+        _fit(p, head.to(p.device), rows, Hooks(), val=val)
         out.append(evaluate.accuracy(head_predictions(head, scored, p.device)))
     return out

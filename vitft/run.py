@@ -14,26 +14,29 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
 from vitft import (
-    checkpoint,
     console,
     data,
     evaluate,
     findings,
     io,
+    keep,
     model,
+    offline,
     prepare,
     product,
     recipe,
     report,
     writeup,
 )
+from vitft.card import Card
+from vitft.checkpoint import Snapshot
 from vitft.console import say
 from vitft.errors import RecipeError
 from vitft.evaluate import Predictions, Scores
@@ -42,6 +45,7 @@ from vitft.ladder import climb
 from vitft.learn import Hooks, Learned, extract, head_predictions, learn
 from vitft.prepare import Prepared
 from vitft.recipe import Recipe
+from vitft.train import Stopped
 
 
 @dataclass(frozen=True)
@@ -85,23 +89,26 @@ def run(
         VitftError: With every fault found, before time was spent where it could be known.
     """
     started = time.monotonic()
+    base = Path(spec.output or "runs") / spec.name
+    keep.require_output(base)
     p = prepare.prepare(spec, fallback=fallback)  # what is refused here leaves no folder behind
-    folder = _folder(spec, resume, p.index.root)
+    folder = _folder(p, base, resume)
     with io.lock(folder, f"vitft run {spec.name}"):
         console.setup(log_file=folder / "log.txt")
         try:
-            return _run(p, spec, folder, resume is not None, resume_anyway, started)
+            snapshot = keep.open_newest(p, folder, anyway=resume_anyway) if resume else None
+            return _run(p, spec, folder, snapshot, started)
         finally:
             console.close_log()
 
 
 def _run(
-    p: Prepared, spec: Recipe, folder: Path, resume: bool, anyway: bool, started: float
+    p: Prepared, spec: Recipe, folder: Path, snapshot: Snapshot | None, started: float
 ) -> Result:
+    say(f"run folder {folder}, seed {p.recipe.seed}")
     _write_inputs(p, spec, folder)
-    with _polite_stop(folder) as stop:
-        climb_or_learn = climb if p.recipe.mode == "ladder" else learn
-        learned = climb_or_learn(p, _hooks(p, folder, stop, resume=resume, anyway=anyway))
+    climb_or_learn = climb if p.recipe.mode == "ladder" else learn
+    learned = climb_or_learn(p, _hooks(p, folder, snapshot))
     split = p.test_split
     predictions = predict_split(p, learned, split)
     val = predictions if split == "val" else predict_split(p, learned, "val")
@@ -109,8 +116,10 @@ def _run(
     found = findings.find(p, learned, predictions, val)
     _write_product(p, scores, found, folder)
     seconds = time.monotonic() - started
-    _write_numbers(p, learned, scores, found, folder, seconds)
-    report.write(folder, writeup.page(p, learned, predictions, scores, found, folder, seconds))
+    changed = snapshot.changed if snapshot else ()
+    _write_numbers(p, learned, scores, found, folder, seconds, changed)
+    page = writeup.page(p, learned, predictions, scores, found, folder, seconds)
+    report.write(folder, page, csv_safe=p.recipe.report.csv_safe)
     io.remove(folder / "checkpoints")
     io.link_latest(folder)
     sentence = _sentence(scores, split, folder)
@@ -120,34 +129,20 @@ def _run(
 # -- the folder -----------------------------------------------------------------------------------
 
 
-def _folder(spec: Recipe, resume: str | None, data_root: Path) -> Path:
-    base = Path(spec.output or "runs") / spec.name
-    if base.resolve().is_relative_to(data_root.resolve()):
-        text = f"the run would be written below the data, {data_root}"
+def _folder(p: Prepared, base: Path, resume: str | None) -> Path:
+    root = offline.data_root(p.recipe.data.root)  # a CSV only names files, and owns no folder
+    if root.is_dir() and base.resolve().is_relative_to(root.resolve()):
+        text = f"the run would be written below the data, {root}"
         fix = "start it in another folder, or set output"
         raise RecipeError.of("run.below_data", base, text, fix)
+    keep.require_room(p, base)
     if resume is not None:
-        return _unfinished(base) if resume == "auto" else Path(resume)
+        return keep.find(base) if resume == "auto" else keep.named(Path(resume))
     stamp = time.strftime("%Y%m%d-%H%M%S")
     names = [stamp, *(f"{stamp}-{k}" for k in range(2, 100))]
     folder = next(base / name for name in names if not (base / name).exists())
     io.make_dir(folder)
-    io.require_writable(folder)
     return folder
-
-
-def _unfinished(base: Path) -> Path:
-    """The newest run folder of this recipe with a whole checkpoint and without final numbers."""
-    for folder in sorted(base.glob("2*"), reverse=True):
-        done = (folder / "metrics.json").exists()
-        if not done and checkpoint.newest(folder / "checkpoints") is not None:
-            return folder
-    raise RecipeError.of(
-        "run.nothing_to_resume",
-        base,
-        "no unfinished run with a whole checkpoint is here",
-        "leave out --resume to start anew",
-    )
 
 
 def _write_inputs(p: Prepared, spec: Recipe, folder: Path) -> None:
@@ -159,23 +154,12 @@ def _write_inputs(p: Prepared, spec: Recipe, folder: Path) -> None:
     io.write_json(folder / "class_indices.json", data.class_indices(p.index))
 
 
-def _hooks(
-    p: Prepared, folder: Path, stop: Callable[[], int | None], *, resume: bool, anyway: bool
-) -> Hooks:
-    log, checkpoints = folder / "metrics.jsonl", folder / "checkpoints"
-    identity = {
-        "mode": p.recipe.mode,
-        "recipe": io.sha256_bytes(recipe.dump(p.recipe).encode()),
-        "data": prepare.data_hash(p.index),
-        "classes": list(p.index.classes),
-    }
-    newest = checkpoint.newest(checkpoints) if resume else None
-    snapshot = None
-    if newest is not None:
-        snapshot = checkpoint.load(newest, identity=identity, anyway=anyway)
-        say(f"resumed from step {snapshot.step} (epoch {snapshot.epoch + 1}, {newest})")
+def _hooks(p: Prepared, folder: Path, snapshot: Snapshot | None) -> Hooks:
+    log = folder / "metrics.jsonl"
     done = len(snapshot.numbers["history"]) if snapshot else 0
     io.trim_lines(log, lambda record: record.get("epoch", 0) <= done)
+    if snapshot and snapshot.changed:
+        io.append_line(log, {"resumed_at": snapshot.step, "changed": snapshot.changed})
 
     def on_record(record: dict[str, Any]) -> None:
         io.append_line(log, record)
@@ -185,10 +169,8 @@ def _hooks(
                 f"val accuracy {100 * record['val_accuracy']:.1f} %"
             )
 
-    def save(snapshot: checkpoint.Snapshot) -> None:
-        checkpoint.save(checkpoints, snapshot, identity=identity)
-
-    return Hooks(on_record, save if p.recipe.mode == "full" else None, stop, snapshot)
+    save = keep.Keeper(folder, keep.identity(p)) if p.recipe.mode == "full" else None
+    return Hooks(on_record, save, snapshot, lambda: _polite_stop(folder))
 
 
 @contextmanager
@@ -200,16 +182,21 @@ def _polite_stop(folder: Path) -> Iterator[Callable[[], int | None]]:
         if asked:
             raise KeyboardInterrupt
         asked.append(signum)
-        say(f"stopping after this step; go on with: --resume {folder}")
+        with suppress(RuntimeError):  # the signal came in the midst of another line
+            say("stopping after this step; a second signal ends at once")
 
     signals = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
+    wanted = [s for s in signals if signal.getsignal(s) != signal.SIG_IGN]  # nohup stays nohup
     try:
-        before = {s: signal.signal(s, note) for s in signals}
+        before = {s: signal.signal(s, note) for s in wanted}
     except ValueError:  # not the main thread: a notebook's own rules hold
         yield lambda: None
         return
     try:
         yield lambda: asked[0] if asked else None
+    except Stopped:
+        say(keep.how_to_go_on(folder))
+        raise
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
@@ -236,12 +223,14 @@ def _write_product(p: Prepared, scores: Scores, found: Findings, folder: Path) -
     )
 
 
-def make_card(p: Prepared, scores: Scores, found: Findings) -> product.Card:
+def make_card(p: Prepared, scores: Scores, found: Findings) -> Card:
     """The product's self-description."""
     options = dict(cast(Any, p.net)._model_args)  # what timm's factory recorded for its exports
     options.pop("num_classes", None)
-    extras = {} if found.abstain is None else {"abstain": asdict(found.abstain)}
-    return product.Card(
+    extras = {}
+    if found.abstain is not None:  # a threshold that accepts nothing is infinite, JSON is not
+        extras["abstain"] = asdict(found.abstain) | {"threshold": min(found.abstain.threshold, 2.0)}
+    return Card(
         architecture=p.recipe.model.name,
         classes=p.index.classes,
         options=options,
@@ -272,7 +261,13 @@ def summary(scores: Scores) -> dict[str, Any]:
 
 
 def _write_numbers(
-    p: Prepared, learned: Learned, scores: Scores, found: Findings, folder: Path, seconds: float
+    p: Prepared,
+    learned: Learned,
+    scores: Scores,
+    found: Findings,
+    folder: Path,
+    seconds: float,
+    changed: tuple[str, ...],
 ) -> None:
     intervals = {f"{k}_interval": asdict(v) for k, v in found.intervals.items()}
     io.write_json(
@@ -289,6 +284,7 @@ def _write_numbers(
             "ladder": list(learned.rungs),
             "backbone_frozen": learned.backbone_frozen,
             "warnings": list(p.warnings),
+            "changed_before_resuming": list(changed),
             "ledger": p.index.ledger.as_dict(),
             "data_sha256": prepare.data_hash(p.index),
             "weights": asdict(p.report),
