@@ -8,6 +8,8 @@ backbone is in eval mode; on CUDA it runs in bfloat16 and its rows are kept as f
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -94,11 +96,18 @@ def _about(photos: Photos, backbone_key: str, device: torch.device) -> dict[str,
         "transform": photos.transform.key(),
         "decode": photos.decode.key(),
         "precision": "bfloat16" if device.type == "cuda" else "float32",
-        "torch": torch.__version__,
     }
+    about.update(library_versions())
     if photos.transform.kind != "plain":
         about["seed"] = photos.seed
     return about
+
+
+@cache
+def library_versions() -> dict[str, str]:
+    """Everything whose next version may decode, resize or compute a little differently."""
+    names = ("vitft", "timm", "torchvision", "pillow", "numpy")
+    return {name: version(name) for name in names} | {"torch": torch.__version__}
 
 
 def _missing(space: Space, photos: Photos, view: int) -> NDArray[np.int64]:
