@@ -11,6 +11,7 @@ from typing import Any, cast
 import timm
 import torch
 from timm.data.model_config import resolve_input_data_config
+from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
 
 from vitft import io, weights
@@ -65,7 +66,7 @@ def build(spec: ModelSpec, *, classes: int, image_size: int | None = None, seed:
         seed: Of everything that is initialised.
 
     Raises:
-        RecipeError: `model.unknown`, `model.option`, `model.image_size`.
+        RecipeError: `model.unknown`, `model.option`, `model.img_size`.
         WeightsError: The weights do not fit, or their file is not what it claims to be.
         MachineError: `env.unreachable`, when they must be fetched and cannot be.
     """
@@ -85,13 +86,13 @@ def create(spec: ModelSpec, *, classes: int, image_size: int | None, seed: int) 
         except VitftError:
             raise
         except (TypeError, AssertionError, ValueError, RuntimeError, KeyError) as e:
-            _require_whole_patches(spec, image_size)
             raise RecipeError.of(
                 "model.option",
                 f"model.name={spec.name}",
                 f"timm cannot build it with {options}: {e}",
                 "check model.options and data.image_size (a multiple of the patch size)",
             ) from e
+    _require_whole_patches(net, spec.name, image_size)
     if not isinstance(classifier(net), nn.Linear):
         kind = type(classifier(net)).__name__
         text = f"its classifier is {kind}, only a linear head can be trained here"
@@ -99,26 +100,18 @@ def create(spec: ModelSpec, *, classes: int, image_size: int | None, seed: int) 
     return net
 
 
-def _require_whole_patches(spec: ModelSpec, image_size: int | None) -> None:
-    """Raises RecipeError `model.image_size` where patches do not fill the image.
-
-    The model as timm knows it tells the patch size, unless the recipe does.
-    """
-    patch = spec.options.get("patch_size")
-    if patch is None:
-        with torch.device("meta"):
-            embed = getattr(timm.create_model(spec.name), "patch_embed", None)
-        patch = getattr(embed, "patch_size", (0,))[0]
-    if image_size is None or not isinstance(patch, int) or patch < 1 or image_size % patch == 0:
+def _require_whole_patches(net: nn.Module, name: str, size: int | None) -> None:
+    """Raises RecipeError `model.img_size` where timm would cut off what fills no patch."""
+    embed = getattr(net, "patch_embed", None)
+    if size is None or not isinstance(embed, PatchEmbed) or embed.dynamic_img_pad:
         return
-    low, high = nearest_sizes(image_size, patch)
-    near = f"{low} or {high}" if low < high else f"{low}"
-    raise RecipeError.of(
-        "model.image_size",
-        "data.image_size",
-        f"must be a multiple of the patch size {patch} of {spec.name}, got {image_size}",
-        f"set data.image_size: {near}",
-    )
+    patch = max(embed.patch_size)
+    if size % patch:
+        low, high = nearest_sizes(size, patch)
+        near = f"{low} or {high}" if low < high else f"{low}"
+        text = f"must be a multiple of the patch size {patch} of {name}, got {size}"
+        fix = f"set data.image_size: {near}"
+        raise RecipeError.of("model.img_size", "data.image_size", text, fix)
 
 
 def create_options(spec: ModelSpec, image_size: int | None) -> dict[str, Any]:
