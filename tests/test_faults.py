@@ -45,14 +45,14 @@ def harmless(count: dict[str, int], kills: int) -> None:
 
 
 @pytest.mark.parametrize("artefact", SAVED)
-def test_no_kill_breaks_loses_or_mixes_a_save(tmp_path, artefact):
+def test_X4_no_kill_breaks_loses_or_mixes_a_save(tmp_path, artefact):
     harmless(kill(artefact, tmp_path, 20, 0.08), 20)
 
 
 @pytest.mark.nightly
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("artefact", SAVED)
-def test_none_of_200_kills_breaks_loses_or_mixes_a_save(tmp_path, artefact):
+def test_X4_none_of_200_kills_breaks_loses_or_mixes_a_save(tmp_path, artefact):
     harmless(kill(artefact, tmp_path, 200, 0.25), 200)
 
 
@@ -357,7 +357,7 @@ class Witness:
 
 
 @pytest.mark.parametrize("scene", [name for name in SCENES if name not in {"lock", "trial"}])
-def test_what_is_shown_or_acknowledged_is_on_the_disk(tmp_path, monkeypatch, scene):
+def test_X5_what_is_shown_or_acknowledged_is_on_the_disk(tmp_path, monkeypatch, scene):
     prepare, act = SCENES[scene]
     prepare(tmp_path)
     witness = Witness(monkeypatch)
@@ -390,7 +390,7 @@ WRITERS: dict[str, Action] = {
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-def test_a_limit_at_any_of_20_sizes_is_a_full_disk_that_changes_nothing(tmp_path, writer):
+def test_X2_a_limit_at_any_of_20_sizes_is_a_full_disk_that_changes_nothing(tmp_path, writer):
     write = WRITERS[writer]
     io.append_line(tmp_path / "m", {"old": True})
     seal(tmp_path, "old")
@@ -425,7 +425,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_disk_that_runs_full_keeps_the_old_and_works_again_with_room(small_disk):
+def test_X1_a_disk_that_runs_full_keeps_the_old_and_works_again_with_room(small_disk):
     write_big(small_disk, 60_000)
     (small_disk / "filler").write_bytes(b"x" * 900_000)
     before = folder_state(small_disk)
@@ -464,7 +464,7 @@ def chaos(tmp_path: Path, points: int) -> tuple[int, dict[str, int]]:
     return sum(verdicts.values()), verdicts
 
 
-def test_a_crash_at_sampled_file_events_loses_no_finished_checkpoint(tmp_path):
+def test_X5_a_crash_at_sampled_file_events_loses_no_finished_checkpoint(tmp_path):
     pytest.importorskip("ckpt_chaos")
     tried, verdicts = chaos(tmp_path, 40)
     assert verdicts == {"PASS": tried}
@@ -473,7 +473,7 @@ def test_a_crash_at_sampled_file_events_loses_no_finished_checkpoint(tmp_path):
 
 @pytest.mark.nightly
 @pytest.mark.timeout(1800)
-def test_a_crash_at_every_file_event_loses_no_finished_checkpoint(tmp_path):
+def test_X5_a_crash_at_every_file_event_loses_no_finished_checkpoint(tmp_path):
     pytest.importorskip("ckpt_chaos")
     tried, verdicts = chaos(tmp_path, 10_000)
     assert verdicts == {"PASS": tried}

@@ -82,7 +82,7 @@ def test_a_renamed_file_is_found_and_an_edited_one_is_computed_again(net, files)
     assert again.computed == 1
 
 
-def test_two_images_swapped_by_rename_swap_their_features(net, files):
+def test_X17_two_images_swapped_by_rename_swap_their_features(net, files):
     before = run(net, photos(files)).x[0]
     a, b, spare = files[0], files[1], files[0].with_name("spare.jpg")
     a.rename(spare)
@@ -117,7 +117,7 @@ AUGMENTED = replace(PLAIN, kind="augmented")
     ],
     ids=str,
 )
-def test_whatever_can_change_a_row_is_in_its_key(net, files, change):
+def test_X18_whatever_can_change_a_row_is_in_its_key(net, files, change):
     run(net, photos(files[:3]))
     p = photos(files[:3], **{k: v for k, v in change.items() if k in ("transform", "decode")})
     rest = {k: v for k, v in change.items() if k in ("key", "dtype")}
@@ -147,7 +147,7 @@ def test_float16_storage_comes_back_as_float32_close_by(net, files):
 
 
 @pytest.mark.parametrize("where", [0, 20, 41, 60, 200, -1])
-def test_a_flipped_byte_is_noticed_and_the_rows_computed_again(net, files, where, capsys):
+def test_X15_a_flipped_byte_is_noticed_and_the_rows_computed_again(net, files, where, capsys):
     before = run(net, photos(files[:8])).x
     (shard,) = store.features_dir().rglob("*.shard")
     data = bytearray(shard.read_bytes())
@@ -160,7 +160,7 @@ def test_a_flipped_byte_is_noticed_and_the_rows_computed_again(net, files, where
 
 
 @pytest.mark.parametrize("keep", [0, 10, 50, 500])
-def test_a_truncated_shard_is_noticed(net, files, keep, caplog):
+def test_X15_a_truncated_shard_is_noticed(net, files, keep, caplog):
     run(net, photos(files[:8]))
     (shard,) = store.features_dir().rglob("*.shard")
     shard.write_bytes(shard.read_bytes()[:keep])
@@ -219,7 +219,7 @@ def rows_of(root: Path) -> dict[int, bool]:
     return out
 
 
-def test_two_processes_fill_one_space_at_once(tmp_path):
+def test_X19_two_processes_fill_one_space_at_once(tmp_path):
     both = [filler(tmp_path, 0, 60), filler(tmp_path, 30, 90)]
     for process in both:
         process.communicate(timeout=120)

@@ -40,7 +40,7 @@ def test_a_file_is_replaced_whole_and_leaves_no_temporary(tmp_path):
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
-def test_files_and_folders_honour_the_umask(tmp_path, mask):
+def test_P5_files_and_folders_honour_the_umask(tmp_path, mask):
     before = os.umask(mask)
     try:
         io.write_tensors(tmp_path / "model.safetensors", {"w": torch.zeros(1)}, {})
@@ -69,7 +69,7 @@ def test_a_file_name_that_is_not_utf8_survives_text_csv_and_json(tmp_path):
     assert json.loads((tmp_path / "a.json").read_text("utf-8")) == {name: name}
 
 
-def test_json_has_no_nan_and_takes_arrays_paths_and_dataclasses(tmp_path):
+def test_P9_json_has_no_nan_and_takes_arrays_paths_and_dataclasses(tmp_path):
     @dataclass
     class Interval:
         low: float
@@ -199,7 +199,7 @@ def test_a_writer_that_fails_half_way_leaves_the_old_file(tmp_path):
 # --- logs ---
 
 
-def test_lines_come_back_in_order_and_a_torn_last_line_is_dropped(tmp_path):
+def test_X27_lines_come_back_in_order_and_a_torn_last_line_is_dropped(tmp_path):
     log = tmp_path / "run" / "metrics.jsonl"
     assert io.read_lines(log) == []
     for step in range(3):
@@ -471,7 +471,7 @@ def test_the_sweep_takes_dead_temporaries_and_leaves_live_and_young_ones(tmp_pat
 # --- machine ---
 
 
-def test_a_second_run_in_a_folder_is_refused_with_pid_host_and_start(tmp_path):
+def test_X13_a_second_run_in_a_folder_is_refused_with_pid_host_and_start(tmp_path):
     with io.lock(tmp_path / "run", "train"):
         with pytest.raises(BusyError, match="env.busy") as caught, io.lock(tmp_path / "run", "x"):
             pass
@@ -549,7 +549,7 @@ def test_too_little_room_is_refused_before_the_work_with_need_and_free(tmp_path)
         io.require_space(tmp_path / "not" / "yet", 10**15)
 
 
-def test_a_folder_is_tried_with_a_real_write(tmp_path):
+def test_X3_a_folder_is_tried_with_a_real_write(tmp_path):
     io.require_writable(tmp_path / "new")
     assert list((tmp_path / "new").iterdir()) == []
     with pytest.raises(MachineError, match=r"env.write_failed"):

@@ -17,23 +17,13 @@ from pathlib import Path
 import pytest
 from conftest import paint
 from PIL import Image
+from rows import tree
 
 from vitft import data, sources
 from vitft.errors import DataError, RecipeError
 from vitft.recipe import DataSpec
 
 RED, BLUE = (200, 40, 40), (40, 40, 200)
-
-
-def tree(root: Path) -> str:
-    """One hash over names, kinds, modes and bytes of everything below a folder."""
-    digest = hashlib.sha256()
-    for path in sorted([root, *root.rglob("*")], key=os.fsencode):
-        status = path.lstat()
-        digest.update(os.fsencode(path) + f"{status.st_mode} {status.st_mtime_ns}".encode())
-        if path.is_file() and not path.is_symlink():
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def scan(root: Path, *, seed: int = 0, **keys: object) -> data.Index:

@@ -307,7 +307,7 @@ def test_the_confusion_matrix_reads_back_as_it_was(tmp_path):
     assert [[int(v) for v in row[1:]] for row in rows] == p.scores.confusion.tolist()
 
 
-def test_hostile_names_survive_the_csv_files(tmp_path):
+def test_P8_hostile_names_survive_the_csv_files(tmp_path):
     names = tuple(h for h in HOSTILE if "\ud800" not in h and "\x00" not in h)
     p = page(classes=names, n=3 * len(names))
     report.write(tmp_path, p)
@@ -316,7 +316,7 @@ def test_hostile_names_survive_the_csv_files(tmp_path):
     assert {row[1] for row in rows} == set(names)
 
 
-def test_formulas_are_disarmed_only_when_asked(tmp_path):
+def test_P8_formulas_are_disarmed_only_when_asked(tmp_path):
     names = ("=cmd()", "+1", "-1", "@x", "\ttab", "plain")
     p = page(classes=names, n=12)
     p = replace(p, answers=replace(p.answers, paths=["=HYPERLINK(1)", *p.answers.paths[1:]]))

@@ -161,7 +161,7 @@ def test_one_flipped_byte_in_the_product_is_noticed(tiny_recipe):
         product.load(file)
 
 
-def test_an_unreadable_file_gets_its_row_and_exit_code_3(tiny_recipe, tmp_path, capsys):
+def test_P7_an_unreadable_file_gets_its_row_and_exit_code_3(tiny_recipe, tmp_path, capsys):
     result = run(tiny_recipe("probe"))
     broken = tmp_path / "photos" / "red" / "broken.jpg"
     broken.write_bytes(b"<html>not found</html>")
@@ -184,7 +184,7 @@ def test_predict_names_every_input_that_is_missing(tiny_recipe, tmp_path):
     assert e.value.faults[0].id == "data.root_missing"
 
 
-def test_batch_composition_does_not_change_a_prediction(tiny_recipe, tmp_path):
+def test_P11_batch_composition_does_not_change_a_prediction(tiny_recipe, tmp_path):
     predictor = Predictor(run(tiny_recipe("probe")).folder, "cpu")
     files = sorted((tmp_path / "photos").rglob("*.jpg"))
     together = [a.probabilities for a in predictor(files)]
@@ -211,7 +211,7 @@ def test_the_data_are_not_touched(tiny_recipe, tmp_path):
     assert state() == before
 
 
-def test_what_is_refused_leaves_no_run_folder(tiny_recipe, tmp_path):
+def test_R18_what_is_refused_leaves_no_run_folder(tiny_recipe, tmp_path):
     with pytest.raises(RecipeError, match="model.unknown"):
         run(tiny_recipe("full", "model.name=vitflower_b17"))
     assert not (tmp_path / "runs").exists()

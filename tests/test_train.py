@@ -145,7 +145,7 @@ def test_accumulating_equals_one_large_batch():
     torch.testing.assert_close(one.weight, two.weight, atol=1e-6, rtol=1e-5)
 
 
-def test_out_of_memory_halves_the_parts_and_keeps_the_result(monkeypatch):
+def test_X8_out_of_memory_halves_the_parts_and_keeps_the_result(monkeypatch):
     torch.manual_seed(0)
     plain, split = nn.Linear(WIDTH, CLASSES), nn.Linear(WIDTH, CLASSES)
     split.load_state_dict(plain.state_dict())
@@ -174,7 +174,7 @@ def test_out_of_memory_halves_the_parts_and_keeps_the_result(monkeypatch):
     torch.testing.assert_close(plain.weight, split.weight, atol=1e-6, rtol=1e-5)
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched():
+def test_X12_a_loss_that_is_not_finite_stops_before_the_weights_are_touched():
     net, rows = network(), Rows(spoil=9)
     saved = []
     t = trainer(net, rows, spec={"ema": None}, save=saved.append)
@@ -188,7 +188,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched():
     assert not saved
 
 
-def test_nan_validation_never_ranks_as_best():
+def test_X12_nan_validation_never_ranks_as_best():
     net, rows = network(), Rows()
     truth = on(rows)
     calls = []
