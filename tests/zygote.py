@@ -1,0 +1,84 @@
+"""Runs `vitft run` again and again as processes of their own, and imports torch once.
+
+    python zygote.py            one JSON object per line in, one per line out
+
+    {"argv": [...], "out": FILE, "err": FILE, "pace": SECONDS}  -> {"pid": N}
+    {"wait": N, "seconds": S}                                   -> {"code": N, or null: still alive}
+
+Each run is a fork with a session of its own that never used torch before, so it is what a shell
+would start, minus six seconds of imports. `pace` stretches every update and writes its number to
+stderr, so that a test can send a signal at a known step.
+"""
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+import torch  # noqa: F401  (once, for all)
+
+from vitft import run, train
+from vitft.cli import door
+
+
+def paced(seconds: float) -> None:
+    update = train.Trainer._update
+
+    def slowly(self: train.Trainer, pending: list[train.Batch]) -> None:
+        update(self, pending)
+        os.write(2, f"update {self.state.step}\n".encode())
+        time.sleep(seconds)
+
+    train.Trainer._update = slowly  # type: ignore[method-assign]
+
+
+def child(order: dict[str, Any]) -> None:
+    os.setsid()
+    for name, number in (("out", 1), ("err", 2)):
+        if name in order:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+            os.dup2(os.open(order[name], flags, 0o644), number)
+    if order.get("hang_up"):  # the reader of stdout leaves before the first word
+        reader, writer = os.pipe()
+        os.dup2(writer, 1)
+        os.close(reader)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    if order.get("pace") is not None:
+        paced(order["pace"])
+    sys.stdout = os.fdopen(1, "w", closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    code = door(run.main, order["argv"])
+    try:
+        sys.stdout.flush()
+    finally:
+        os._exit(code)
+
+
+def wait(pid: int, seconds: float) -> int | None:
+    deadline = time.monotonic() + seconds
+    while True:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(0.01)
+
+
+def main() -> None:
+    for line in sys.stdin:
+        order = json.loads(line)
+        if "wait" in order:
+            answer: dict[str, Any] = {"code": wait(order["wait"], order["seconds"])}
+        else:
+            pid = os.fork()
+            if pid == 0:
+                child(order)
+            answer = {"pid": pid}
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
