@@ -5,8 +5,8 @@ import pytest
 import torch
 from sklearn import metrics
 
-from vitft.evaluate import Predictions, accuracy, log_loss, predict, score, softmax
-from vitft.stats import wilson
+from vitft.evaluate import Predictions, accuracy, log_loss, predict, score
+from vitft.stats import softmax, wilson
 
 CLASSES = ("a", "b", "c", "empty")
 

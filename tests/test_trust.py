@@ -6,13 +6,14 @@ from scipy.optimize import minimize_scalar
 from sklearn.metrics import brier_score_loss, log_loss
 
 from vitft import trust
+from vitft.stats import Interval, softmax
 
 
 def world(n, *, classes=4, sharp=1.0, seed=0):
     """Logits whose right temperature is `sharp`: labels are drawn from softmax(logits / sharp)."""
     generator = np.random.default_rng(seed)
     true = generator.normal(0, 2, (n, classes))
-    chances = trust.softmax(true)
+    chances = softmax(true)
     labels = (generator.random(n)[:, None] > chances.cumsum(axis=1)).sum(axis=1)
     return true * sharp, np.minimum(labels, classes - 1)
 
@@ -24,10 +25,10 @@ def right_or_wrong(n, confidence, rights):
 
 
 def test_softmax_is_stable_and_sums_to_one():
-    probs = trust.softmax([[1000.0, 0.0], [-1000.0, -1000.0]])
+    probs = softmax([[1000.0, 0.0], [-1000.0, -1000.0]])
     assert probs == pytest.approx(np.array([[1, 0], [0.5, 0.5]]))
     # logits 2 and 0 at temperature 2: e / (e + 1)
-    assert trust.softmax([[2.0, 0.0]], 2.0)[0, 0] == pytest.approx(0.731058578)
+    assert softmax([[2.0, 0.0]], 2.0)[0, 0] == pytest.approx(0.731058578)
 
 
 @pytest.mark.parametrize("sharp", [0.3, 1.0, 4.0])
@@ -37,14 +38,14 @@ def test_the_temperature_of_a_known_world_is_found(sharp):
     assert found.value == pytest.approx(sharp, rel=0.04)
     assert found.n == 20_000
     assert found.after <= found.before + 1e-12
-    assert found.after == pytest.approx(log_loss(labels, trust.softmax(logits, found.value)))
-    assert found.before == pytest.approx(log_loss(labels, trust.softmax(logits)))
+    assert found.after == pytest.approx(log_loss(labels, softmax(logits, found.value)))
+    assert found.before == pytest.approx(log_loss(labels, softmax(logits)))
 
 
 def test_the_search_equals_a_plain_one_where_that_is_safe():
     logits, labels = world(500, sharp=2.0, seed=3)
     plain = minimize_scalar(
-        lambda t: log_loss(labels, trust.softmax(logits, t)), bounds=(0.05, 20), method="bounded"
+        lambda t: log_loss(labels, softmax(logits, t)), bounds=(0.05, 20), method="bounded"
     )
     assert trust.fit_temperature(logits, labels).value == pytest.approx(plain.x, rel=0.03)
 
@@ -54,7 +55,7 @@ def test_images_that_are_all_right_do_not_ask_for_certainty():
     logits = np.eye(3)[labels] * 5 + np.random.default_rng(0).normal(0, 0.3, (100, 3))
     found = trust.fit_temperature(logits, labels)
     assert 0.2 < found.value < 3
-    sure = trust.softmax(logits, found.value).max(axis=1).mean()
+    sure = softmax(logits, found.value).max(axis=1).mean()
     assert 0.97 < sure < 0.995  # 100 right answers are no evidence for 99.9 %
 
 
@@ -81,7 +82,7 @@ def test_ece_by_hand():
 
 def test_bins_hold_equal_mass():
     logits, labels = world(437)
-    bins = trust.reliability(trust.softmax(logits), labels)
+    bins = trust.reliability(softmax(logits), labels)
     assert len(bins) == 15
     assert {b.n for b in bins} == {29, 30}
     assert sum(b.n for b in bins) == 437
@@ -89,7 +90,7 @@ def test_bins_hold_equal_mass():
     assert all(b.low <= b.confidence <= b.high and b.accuracy in b.interval for b in bins)
     assert sum(b.n * b.accuracy for b in bins) == pytest.approx((logits.argmax(1) == labels).sum())
     weighted = sum(b.n * abs(b.confidence - b.accuracy) for b in bins) / 437
-    assert weighted == pytest.approx(trust.ece(trust.softmax(logits), labels))
+    assert weighted == pytest.approx(trust.ece(softmax(logits), labels))
 
 
 def test_fewer_images_than_bins():
@@ -99,7 +100,7 @@ def test_fewer_images_than_bins():
 
 def test_scores_equal_scikit_learn():
     logits, labels = world(300, classes=5)
-    probs = trust.softmax(logits)
+    probs = softmax(logits)
     result = trust.calibration(probs, labels, count=200)
     assert result.brier == pytest.approx(brier_score_loss(labels, probs, labels=range(5)))
     assert result.log_loss == pytest.approx(log_loss(labels, probs))
@@ -113,7 +114,7 @@ def test_perfect_probabilities_are_not_called_miscalibrated():
     covers, floors, values = [], [], []
     for seed in range(60):
         logits, labels = world(430, seed=seed)
-        result = trust.calibration(trust.softmax(logits), labels, count=200, seed=seed)
+        result = trust.calibration(softmax(logits), labels, count=200, seed=seed)
         covers.append(result.ece_interval.low == 0)
         floors.append(result.ece_floor)
         values.append(result.ece)
@@ -123,15 +124,15 @@ def test_perfect_probabilities_are_not_called_miscalibrated():
 
 def test_the_ece_interval_covers_a_known_error():
     sharp = 2.5
-    many = trust.softmax(world(400_000, sharp=sharp, seed=99)[0])
-    chances = trust.softmax(np.log(many) / sharp)
+    many = softmax(world(400_000, sharp=sharp, seed=99)[0])
+    chances = softmax(np.log(many) / sharp)
     top = many.argmax(axis=1)
     rows = np.arange(len(top))
     truth = np.abs(many[rows, top] - chances[rows, top]).mean()
     covers = []
     for seed in range(60):
         logits, labels = world(430, sharp=sharp, seed=seed)
-        result = trust.calibration(trust.softmax(logits), labels, count=200, seed=seed)
+        result = trust.calibration(softmax(logits), labels, count=200, seed=seed)
         covers.append(truth in result.ece_interval)
         assert result.ece_interval.low > 0
     assert np.mean(covers) > 0.85
@@ -139,9 +140,9 @@ def test_the_ece_interval_covers_a_known_error():
 
 def test_calibration_after_the_temperature_is_better():
     logits, labels = world(2_000, sharp=3.0)
-    before = trust.calibration(trust.softmax(logits), labels, count=100)
+    before = trust.calibration(softmax(logits), labels, count=100)
     value = trust.fit_temperature(logits, labels).value
-    after = trust.calibration(trust.softmax(logits, value), labels, count=100)
+    after = trust.calibration(softmax(logits, value), labels, count=100)
     assert after.ece < 0.3 * before.ece
     assert after.brier < before.brier
     assert after.ece_interval.high < before.ece_interval.low
@@ -172,3 +173,12 @@ def test_seed_band_by_hand():
     assert trust.seed_band([0.9]).deviation == 0.0
     with pytest.raises(ValueError, match="at least one accuracy"):
         trust.seed_band([])
+
+
+def test_the_ece_interval_is_reflected(monkeypatch):
+    monkeypatch.setattr(trust, "bootstrap", lambda *args, **keys: Interval(0.18, 0.32))
+    probs, labels = right_or_wrong(200, 0.9, 140)
+    result = trust.calibration(probs, labels, bins=1, count=200)
+    assert result.ece == pytest.approx(0.2)
+    assert result.ece_interval.low == pytest.approx(2 * 0.2 - 0.32)
+    assert result.ece_interval.high == pytest.approx(2 * 0.2 - 0.18)

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vitft.stats import Interval, wilson
+from vitft.stats import Interval, softmax, wilson
 
 FIXED_BATCH = 32  # the one shape of every forward whose result is compared: cache, run, predict
 
@@ -66,19 +66,6 @@ class Scores:
     top_k: dict[int, float]
     per_class: tuple[ClassScore, ...]
     confusion: NDArray[np.int64]
-
-
-def softmax(logits: NDArray[np.float32], temperature: float = 1.0) -> NDArray[np.float64]:
-    """Probabilities from logits, in float64 so that a report's rows sum to 1.
-
-    Args:
-        logits: [N, C] float32.
-        temperature: Positive; above 1 makes the model less sure.
-    """
-    scaled = logits.astype(np.float64) / temperature
-    scaled -= scaled.max(axis=1, keepdims=True)
-    e = np.exp(scaled)
-    return np.asarray(e / e.sum(axis=1, keepdims=True))
 
 
 @torch.inference_mode()

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from vitft import console, evaluate, figures, gallery, images, io, maps, product
+from vitft import console, figures, gallery, images, io, maps, product, stats
 from vitft.console import say, track, warn
 from vitft.errors import DataError, Fault, RecipeError
 from vitft.figures import Box, Panel
@@ -230,7 +230,7 @@ def _panel(
     x = looker.input(picture)
     with torch.inference_mode():
         logits = looker.net(x).float().cpu().numpy()
-    (p,) = evaluate.softmax(logits, session.card.temperature or 1.0)
+    (p,) = stats.softmax(logits, session.card.temperature or 1.0)
     best = int(p.argmax())
     title = f"{classes[best]} {p[best]:.1%}"
     if label is not None and label != best:

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vitft import console, evaluate, images, io, product
+from vitft import console, images, io, product, stats
 from vitft.console import say, track
 from vitft.doubt import Foreign
 from vitft.encode import csv_cell
@@ -109,7 +109,7 @@ class Predictor:
                 rows = in_fixed_shape(backbone_of(self.net), x).float()  # [n, D]
                 logits = in_fixed_shape(classifier(self.net), rows).float()
                 foreign = self._foreign.is_foreign(rows.cpu().numpy()).tolist()
-        p = evaluate.softmax(logits.cpu().numpy(), self.card.temperature or 1.0)
+        p = stats.softmax(logits.cpu().numpy(), self.card.temperature or 1.0)
         return list(zip(p, foreign, strict=True))
 
 

@@ -94,6 +94,18 @@ def checked(scores: ArrayLike, labels: ArrayLike) -> tuple[Floats, Ints]:
     return s, y
 
 
+def log_softmax(logits: ArrayLike, temperature: float = 1.0) -> Floats:
+    """[N, C] logits -> [N, C] float64 log probabilities at a temperature."""
+    scaled = np.asarray(logits, dtype=np.float64) / temperature
+    shifted = scaled - scaled.max(axis=1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
+
+
+def softmax(logits: ArrayLike, temperature: float = 1.0) -> Floats:
+    """[N, C] logits -> [N, C] float64 probabilities at a temperature."""
+    return np.exp(log_softmax(logits, temperature))
+
+
 def _z(level: float) -> float:
     """The two-sided normal quantile of a confidence level."""
     if not 0 < level < 1:

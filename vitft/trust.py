@@ -13,7 +13,7 @@ from math import log
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from vitft.stats import Interval, bootstrap, bootstrap_mean, checked, wilson
+from vitft.stats import Interval, bootstrap, bootstrap_mean, checked, log_softmax, wilson
 
 COLDEST, HOTTEST = 0.05, 20.0  # a free search on separable data runs to 0, or past it
 BINS = 15
@@ -103,18 +103,6 @@ class SeedBand:
             f"{self.count} head seeds: {100 * self.low:.1f} to {100 * self.high:.1f} %"
             f" (standard deviation {100 * self.deviation:.2f} points)"
         )
-
-
-def log_softmax(logits: ArrayLike, temperature: float = 1.0) -> Floats:
-    """[N, C] logits -> [N, C] float64 log probabilities at a temperature."""
-    scaled = np.asarray(logits, dtype=np.float64) / temperature
-    shifted = scaled - scaled.max(axis=1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
-
-
-def softmax(logits: ArrayLike, temperature: float = 1.0) -> Floats:
-    """[N, C] logits -> [N, C] float64 probabilities at a temperature."""
-    return np.exp(log_softmax(logits, temperature))
 
 
 def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> Temperature:
