@@ -271,3 +271,13 @@ def test_the_known_duplicates_of_the_flowers_are_found(flowers):
     links = audit.link(sha, audit.fingerprints(files, sha, DecodeSpec()))
     across = links.across(["rose", "rose", "tulip", "tulip"])
     assert [(p.a, p.b, p.identical) for p in across] == [(0, 2, True), (1, 3, True)]
+
+
+def test_bare_pictures_with_other_features_are_not_linked():
+    bare = prints_of([Image.new("RGB", (50, 50), c) for c in ("black", "white", "red")])
+    others = prints_of([scene(s) for s in range(5)])
+    prints = audit.Prints(
+        np.concatenate([bare.bits, others.bits]), np.concatenate([bare.clear, others.clear])
+    )
+    rows = np.concatenate([-10 * np.eye(3, 8), np.eye(8, 8)[3:] + np.ones(8)])
+    assert audit.link([str(i) for i in range(8)], prints, rows).found == 0

@@ -198,3 +198,15 @@ def test_empty_sides_are_refused():
     for sides in ((x[:0], y[:0], x, y), (x, y, x[:0], y[:0]), (x, y[:3], x, y)):
         with pytest.raises(ValueError, match="as many labels as features"):
             curve.learning_curve(*sides, fit=head(power(Law(1, 0.5, 0))), classes=4)
+
+
+def test_all_photographs_can_be_drawn_in_one_way_only():
+    truth = np.arange(100) % 2
+    wrong = [np.zeros((5, 100), bool), np.ones((1, 100), bool)]
+    wrong[1][0, :50] = False
+    still = curve._redrawn_errors(wrong, np.zeros(100, int), 0.0, seed=0)
+    lucky = curve._redrawn_errors(wrong, truth, 0.2, seed=0)
+    assert still.shape == (curve.REDRAWS, 2)
+    assert (lucky[:, 0] == 0).all()  # several draws speak for themselves
+    assert still[:, 1].std() == pytest.approx(0.05, rel=0.1)  # sqrt(.5 * .5 / 100)
+    assert lucky[:, 1].std() == pytest.approx(0.2, rel=0.15)

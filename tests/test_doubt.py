@@ -193,3 +193,13 @@ def test_features_that_mean_nothing_are_refused():
     with pytest.raises(ValueError, match=r"finite and \[N, D\], got shape \(1, 2\)"):
         doubt.fit_foreign(clouds(5, 0, width=2)).score([[np.nan, 1.0]])
     assert np.isfinite(doubt.fit_foreign(np.zeros((4, 4))).score(np.zeros((1, 4)))).all()
+
+
+def test_a_chain_that_failed_stays_ended():
+    """Five sure mistakes end the first chain; what it would pass later on is not promised."""
+    confidence = np.linspace(0.99, 0.6, 1000)
+    wrong = (np.arange(1000) < 5) | (np.arange(1000) >= 570)
+    probs = np.stack([confidence, 1 - confidence], axis=1)
+    result = doubt.abstain(probs, wrong.astype(int), 0.02)
+    assert not result.promised
+    assert result.validation.accepted > 500  # the best guess

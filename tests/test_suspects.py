@@ -205,3 +205,14 @@ def test_lengths_are_checked():
         suspects.find(np.zeros((3, 2)), [0, 1], fit=logistic, classes=2)
     with pytest.raises(ValueError, match="for 5 folds"):
         suspects.find(np.zeros((3, 2)), [0, 1, 0], fit=logistic, classes=2)
+
+
+def test_a_hardly_likely_label_is_doubted_even_where_none_seems_wrong():
+    generator = np.random.default_rng(0)
+    probs = generator.dirichlet(np.full(CLASSES, 0.3), 2000)
+    labels = (generator.random(2000)[:, None] > probs.cumsum(axis=1)).sum(axis=1)
+    labels = np.minimum(labels, CLASSES - 1)  # drawn from the probabilities: none is wrong
+    probs[0], labels[0] = [0.04, 0.9, 0.03, 0.03], 0
+    probs[1], labels[1] = [0.06, 0.9, 0.02, 0.02], 0
+    assert suspects.chances(probs, labels)[0] < 0.3
+    assert suspects._doubted(probs, labels, 0.3)[:2].tolist() == [True, False]
