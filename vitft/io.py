@@ -158,13 +158,11 @@ def staged_file(final: Path) -> Iterator[Path]:
     """
     make_dir(final.parent)
     temp = _temp(final, ".tmp" + final.suffix)
-    with _discarding(temp):
-        with _explained(final, only_full=True):
-            yield temp
-        with _explained(final):
-            _sync_file(temp)
-            CALLS.replace(temp, final)
-            _sync_folder(final.parent)
+    with _explained(final), _discarding(temp):
+        yield temp
+        _sync_file(temp)
+        CALLS.replace(temp, final)
+        _sync_folder(final.parent)
 
 
 def _replace(path: Path, chunks: "Iterable[bytes | memoryview]", size: int) -> None:
