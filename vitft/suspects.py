@@ -27,6 +27,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from vitft.stats import log_softmax
+
 CHANCE = 0.3  # a label is a suspect from this chance of being wrong
 BELOW = 0.05  # or when it is less likely than this
 FOLDS = 5
@@ -123,14 +125,14 @@ def find(
     def judge(use: Mask, turn: int) -> Floats:
         """[N, C] log probabilities from heads fitted on the other folds' rows in `use`."""
         fold = split(labels, codes, folds=folds, seed=seed + turn)
-        return _log_softmax(out_of_fold(rows, labels, fold, use, fit=fit, classes=classes))
+        return log_softmax(out_of_fold(rows, labels, fold, use, fit=fit, classes=classes))
 
     everything = np.ones(len(labels), bool)
     trusted = _trusted(labels, ~confident(np.exp(judge(everything, 0)), labels))
     second = judge(trusted, 1)
     trusted = _trusted(labels, ~_doubted(_calibrated(second, labels, trusted), labels, chance))
     third = judge(trusted, 2)
-    probs = _calibrated(_log_softmax((second + third) / 2), labels, trusted)
+    probs = _calibrated(log_softmax((second + third) / 2), labels, trusted)
     wrong, suggested = chances(probs, labels), probs.argmax(axis=1)
     listed = np.flatnonzero(_doubted(probs, labels, chance))
     order = np.argsort(-wrong[listed], kind="stable")
@@ -215,14 +217,9 @@ def _calibrated(log_probs: Floats, labels: Ints, trusted: Mask) -> Floats:
     known, y = log_probs[trusted], labels[trusted]
 
     def loss(log_temperature: float) -> float:
-        scaled = _log_softmax(known / np.exp(log_temperature))
+        scaled = log_softmax(known / np.exp(log_temperature))
         return float(-np.maximum(scaled[np.arange(len(y)), y], NO_CHANCE).mean())
 
     limits = (float(np.log(COLDEST)), float(np.log(HOTTEST)))
     found = minimize_scalar(loss, bounds=limits, method="bounded")
-    return np.exp(_log_softmax(log_probs / float(np.exp(found.x))))
-
-
-def _log_softmax(logits: Floats) -> Floats:
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
+    return np.exp(log_softmax(log_probs / float(np.exp(found.x))))
