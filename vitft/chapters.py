@@ -60,8 +60,9 @@ def notes(found: Findings) -> tuple[str, ...]:
         out.append(f"The spread from chance in training: {found.band.sentence()}.")
     if found.clean is not None and found.doubted is not None and len(found.doubted.rows):
         out.append(
-            "Without the photographs whose label looks wrong: "
-            f"{percent(found.clean.value)} {found.clean.interval.percent()}."
+            "Without the photographs whose label looks wrong, "
+            f"{percent(found.clean.value)} {found.clean.interval.percent()}; that flatters, since "
+            "heads of the same kind raised the doubt."
         )
     return tuple(out)
 
@@ -207,8 +208,8 @@ def _labels(p: Prepared, found: Findings, thumbnail: Thumbnail) -> Section:
         )
     n, total = len(doubted.rows), len(index.paths)
     summary = (
-        f"{n:,} of {total:,} photographs look wrongly labelled; about "
-        f"{percent(doubted.share)} of all labels are expected to be wrong."
+        f"{n:,} of {total:,} photographs look wrongly labelled; at least about "
+        f"{percent(doubted.share)} of all labels are wrong."
     )
     text = (
         "Judged by heads that did not see the photograph or its copies. The file fixes.csv in the "
