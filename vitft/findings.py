@@ -23,6 +23,8 @@ from vitft.split import SPLITS
 
 ERRORS = (0.01, 0.02, 0.05)  # targets told where the recipe names none
 SMALLEST_CLASS = 16  # train photographs of a class from which a curve can be drawn
+NEIGHBOURS = 3  # train photographs shown beside a mistake
+BLOCK = 256  # scored photographs compared at once
 LEAST_PER_FOLD = 4  # photographs of the rarest class for a fold to mean anything
 
 
@@ -38,6 +40,7 @@ class Findings:
         accepted: What that threshold does on the scored split.
         offers: Target error -> threshold chosen on val and what it does on the scored split.
         foreign: What ordinary photographs look like, for predict.
+        nearest: [n, 3] rows of the index: the train photographs closest to each scored one.
         links: Copies and near-copies among all photographs.
         honest: Accuracy with and without linked photographs.
         doubted: Labels that look wrong, over all photographs.
@@ -57,6 +60,7 @@ class Findings:
     accepted: doubt.Accepted | None
     offers: dict[float, tuple[doubt.Abstain, doubt.Accepted]]
     foreign: doubt.Foreign | None
+    nearest: NDArray[np.int64] | None
     links: audit.Links | None
     honest: audit.Honest | None
     doubted: suspects.Suspects | None
@@ -128,6 +132,8 @@ def find(p: Prepared, learned: Learned, predictions: Predictions, val: Predictio
     if spec.learning_curve and x is not None:
         growth, gains = clock("learning curve", lambda: _growth(p, learned, x, left_out))
     right = predictions.logits.argmax(axis=1) == predictions.labels
+    band = clock("seeds", lambda: _band(p, learned))
+    say("what the findings cost: " + ", ".join(f"{k} {s:.1f} s" for k, s in clock.seconds.items()))
     return Findings(
         temperature=temperature,
         before=before,
@@ -136,13 +142,14 @@ def find(p: Prepared, learned: Learned, predictions: Predictions, val: Predictio
         accepted=chosen[1],
         offers=offers,
         foreign=_foreign(p, x) if x is not None else None,
+        nearest=_nearest(p, x) if x is not None else None,
         links=links,
         honest=_honest(p, links, right) if links is not None else None,
         doubted=doubted,
         clean=_clean(p, doubted, right) if doubted is not None else None,
         growth=growth,
         gains=gains,
-        band=clock("seeds", lambda: _band(p, learned)),
+        band=band,
         intervals=clock("intervals", lambda: _intervals(p, predictions)),
         left_out=tuple(left_out),
         seconds=clock.seconds,
@@ -266,6 +273,18 @@ def _clean(p: Prepared, doubted: suspects.Suspects, right: NDArray[np.bool_]) ->
     trusted = ~np.isin(rows, doubted.rows)
     k, n = int(right[trusted].sum()), int(trusted.sum())
     return audit.Share(k, n, k / n if n else float("nan"), stats.wilson(k, n))
+
+
+def _nearest(p: Prepared, x: NDArray[np.float32]) -> NDArray[np.int64]:
+    """By cosine of the features, the closest first, in blocks so that memory stays flat."""
+    train, scored = p.index.rows("train"), p.index.rows(p.test_split)
+    unit = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    known = unit[train].T  # [D, n_train]
+    k = min(NEIGHBOURS, len(train))
+    blocks = np.array_split(scored, max(1, len(scored) // BLOCK))
+    return np.concatenate(
+        [train[np.argsort(-(unit[b] @ known), axis=1, kind="stable")[:, :k]] for b in blocks]
+    )
 
 
 def _foreign(p: Prepared, x: NDArray[np.float32]) -> doubt.Foreign:

@@ -14,9 +14,11 @@ from vitft.explain import Looker, Overlays
 from vitft.findings import Findings
 from vitft.gallery import Answers, Source, shrink, worst
 from vitft.learn import Learned
+from vitft.pages import Photo
 from vitft.prepare import Prepared, environment
 from vitft.report import Page
 
+SMALL = 64  # pixels of a neighbour
 IN_WORDS = {"test": "test", "val": "validation"}
 NO_TEST = (
     "There is no test split: these photographs also chose the model, so the number flatters it."
@@ -65,6 +67,7 @@ def page(
                 worst(answers)[: spec.report.gallery],
                 side=spec.report.thumbnail,
             ),
+            near=lambda row: _nearest(p, found, row, answers),
         ),
         ledger=p.index.ledger,
         history=learned.history,
@@ -84,10 +87,25 @@ def _temperature(found: Findings) -> float:
     return found.temperature.value if found.temperature else 1.0
 
 
-def _thumbnail(p: Prepared, row: int) -> bytes | None:
+def _nearest(p: Prepared, found: Findings, row: int, answers: Answers) -> tuple[Photo, ...]:
+    """The closest train photographs of a mistake, in small."""
+    if found.nearest is None or answers.labels[row] == answers.guesses[row]:
+        return ()
+    return tuple(
+        Photo(
+            _thumbnail(p, i, side=SMALL),
+            alt=f"near in training: {p.index.classes[p.index.labels[i]]}",
+            title=p.index.classes[p.index.labels[i]],
+            path=p.index.paths[i],
+        )
+        for i in found.nearest[row].tolist()
+    )
+
+
+def _thumbnail(p: Prepared, row: int, side: int | None = None) -> bytes | None:
     """A small JPEG of a photograph as the model's decoder sees it; None if it has gone."""
     try:
-        return shrink(_photograph(p, row), p.recipe.report.thumbnail)
+        return shrink(_photograph(p, row), side or p.recipe.report.thumbnail)
     except VitftError:
         return None
 
