@@ -12,9 +12,10 @@ ROOMS = sorted(path.stem for path in VITFT.glob("*.py") if path.stem != "__init_
 
 FLOORS = (
     # words, numbers and plain values
-    "errors stats encode schema strict_yaml charts figures split suspects threads",
+    "errors stats encode schema strict_yaml charts figures split threads",
     # files and what they hold
-    "io raw convert tensorfile inputs folders table ledger recipe pages doubt trust evaluate",
+    "io raw convert tensorfile inputs folders table ledger recipe pages doubt trust evaluate "
+    "suspects",
     "console images weights checkpoint gallery sources unpack",
     # data, models and arrays
     "fetch store contents assign loaders vit model maps train sections cli",
