@@ -197,7 +197,11 @@ def test_a_command_is_its_module(capsys):
 # --- real processes -------------------------------------------------------------------------------
 
 STUB = "import types; sys.modules['vitft.vit'] = types.SimpleNamespace(VisionTransformer=None)\n"
-PRELUDE = "import sys, time, os\nfrom vitft.cli import door\n"
+# Whoever tests under nohup hands an ignored SIGHUP down to every child.
+PRELUDE = (
+    "import sys, time, os, signal\nsignal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
+    "from vitft.cli import door\n"
+)
 
 
 def start(body: str, **options) -> subprocess.Popen:

@@ -12,6 +12,7 @@ stderr, so that a test can send a signal at a known step.
 
 import json
 import os
+import signal
 import sys
 import time
 from typing import Any
@@ -35,6 +36,7 @@ def paced(seconds: float) -> None:
 
 def child(order: dict[str, Any]) -> None:
     os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests under nohup would hand an ignored one down
     for name, number in (("out", 1), ("err", 2)):
         if name in order:
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
