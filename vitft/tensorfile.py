@@ -15,7 +15,6 @@ import stat
 import struct
 import warnings
 import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -223,7 +222,7 @@ def _check_crc(path: Path) -> None:
                 with z.open(entry) as f:
                     while f.read(1 << 20):
                         pass
-            except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError):
+            except Exception:  # of zipfile, its decompressors, and a seek to below 0
                 text = f"{entry.filename} does not match its checksum: bytes were changed"
                 raise WeightsError.of("ckpt.corrupt", path, text, "copy it again") from None
 
@@ -338,7 +337,7 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
 def _end(entry: Any) -> int:
     try:
         return int(entry["data_offsets"][1])
-    except (TypeError, KeyError, IndexError, ValueError):
+    except (TypeError, KeyError, IndexError, ValueError, OverflowError):
         return 0  # safetensors itself says what is wrong with such an entry
 
 
@@ -353,14 +352,12 @@ def _load_npz(path: Path) -> dict[str, Tensor]:
         with np.load(path, allow_pickle=False) as archive:
             for name in archive.files:
                 out[name] = _tensor(archive[name])
-    except (ValueError, TypeError, OSError, EOFError, MemoryError, zlib.error) as e:
+    except Exception as e:  # of numpy, zipfile, zlib, ast and tokenize
         if "allow_pickle" in str(e):
             text = f"array {name!r} holds Python objects, which only running code can read"
             raise WeightsError.of("ckpt.code", path, text, SAFE_COPY) from None
         text = f"an array cannot be read: {str(e)[:100] or type(e).__name__}"
         raise WeightsError.of("ckpt.corrupt", path, text, "copy it again") from None
-    except zipfile.BadZipFile as e:
-        raise WeightsError.of("ckpt.corrupt", path, str(e)[:100], "copy it again") from None
     return out
 
 
