@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from vitft import checkpoint, io, prepare
 from vitft.checkpoint import Snapshot
 from vitft.console import say, warn
@@ -57,10 +59,23 @@ def require_room(p: Prepared, base: Path) -> None:
     Raises:
         MachineError: `env.disk_full`, with need and free.
     """
-    size = sum(t.numel() * t.element_size() for t in p.net.state_dict().values())
-    # model, best, two moments of the optimizer, perhaps an average
-    copies = 4 + (p.recipe.train.ema is not None) if p.recipe.mode == "full" else 0
-    io.require_space(base, size * (1 + AT_ONCE * copies))
+    size = _bytes(p.net)
+    need = size + AT_ONCE * _checkpoint_size(p) if p.recipe.mode == "full" else size
+    io.require_space(base, need)
+
+
+def _checkpoint_size(p: Prepared) -> int:
+    """Of the trained part: itself, its best epoch, the optimizer's moments, perhaps an average."""
+    spec, blocks = p.recipe.train, getattr(p.net, "blocks", None)
+    trained = _bytes(p.net)
+    if spec.blocks is not None and blocks is not None:
+        trained -= sum(_bytes(block) for block in blocks[: -spec.blocks])
+    moments = 1 if spec.opt in ("sgd", "momentum", "nesterov") else 2
+    return trained * (2 + moments + (spec.ema is not None))
+
+
+def _bytes(net: nn.Module) -> int:
+    return sum(t.numel() * t.element_size() for t in net.state_dict().values())
 
 
 # -- going on -------------------------------------------------------------------------------------
