@@ -67,8 +67,11 @@ def recompressed(data: bytes) -> bytes:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> list[tuple[str, bytes]]:
-    """Name and bytes of weights files of every kind, one of which would run code."""
-    folder = tmp_path_factory.mktemp("seeds")
+    return make_corpus(tmp_path_factory.mktemp("seeds"))
+
+
+def make_corpus(folder: Path) -> list[tuple[str, bytes]]:
+    """Name and bytes of weights files of every kind, two of which would run code."""
     state = network().state_dict()
     save_file(state, folder / "a.safetensors", {"note": "x"})
     arrays = {k.replace(".", "/"): v.numpy() for k, v in state.items()}
@@ -290,17 +293,26 @@ def fuzz_sealed(sealed: Path, load: Callable[[], object], count: int, seed: str)
 
 @pytest.mark.parametrize("count", [SHORT, pytest.param(LONG, marks=pytest.mark.nightly)])
 def test_no_changed_byte_of_a_sealed_product_is_believed(tmp_path, count):
-    made = make_product(tmp_path / "model")
+    fuzz_products(tmp_path, count)
+
+
+def fuzz_products(folder: Path, count: int) -> Bounds:
+    made = make_product(folder / "model")
     (made / "x").mkdir()  # an empty folder is nothing
-    fuzz_sealed(made, lambda: product.load(made), count, "product")
+    return fuzz_sealed(made, lambda: product.load(made), count, "product")
 
 
 @pytest.mark.parametrize("count", [SHORT, pytest.param(LONG, marks=pytest.mark.nightly)])
 def test_no_changed_byte_of_a_checkpoint_is_believed(tmp_path, count):
+    fuzz_checkpoints(tmp_path, count)
+
+
+def fuzz_checkpoints(folder: Path, count: int) -> Bounds:
     tensors = {f"model/{i}": torch.randn(20) for i in range(5)}
-    path = checkpoint.save(tmp_path, Snapshot(1, 0, 1, tensors, {"a": 1.5}), identity={"b": 2})
-    fuzz_sealed(path, lambda: checkpoint.load(path, identity={"b": 2}), count, "checkpoint")
-    assert checkpoint.newest(tmp_path) == path
+    path = checkpoint.save(folder, Snapshot(1, 0, 1, tensors, {"a": 1.5}), identity={"b": 2})
+    found = fuzz_sealed(path, lambda: checkpoint.load(path, identity={"b": 2}), count, "checkpoint")
+    assert checkpoint.newest(folder) == path
+    return found
 
 
 # --- shards of features ---

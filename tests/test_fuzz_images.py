@@ -39,6 +39,10 @@ def encode(picture, kind, **options):
 
 @pytest.fixture(scope="module")
 def corpus():
+    return make_corpus()
+
+
+def make_corpus():
     """27 files that reach every branch of the decoder."""
     rng = np.random.default_rng(0)
     noise = Image.fromarray(rng.integers(0, 256, (9, 11, 4), dtype=np.uint8), "RGBA")

@@ -2,12 +2,13 @@
 
     python zygote.py            one JSON object per line in, one per line out
 
-    {"argv": [...], "out": FILE, "err": FILE, "pace": SECONDS}  -> {"pid": N}
-    {"wait": N, "seconds": S}                                   -> {"code": N, or null: still alive}
+    {"argv": [...], "out": FILE, "err": FILE}  -> {"pid": N}
+    {"wait": N, "seconds": S}                  -> {"code": N, or null: still alive}
 
 Each run is a fork with a session of its own that never used torch before, so it is what a shell
-would start, minus six seconds of imports. `pace` stretches every update and writes its number to
-stderr, so that a test can send a signal at a known step.
+would start, minus six seconds of imports. `pace: SECONDS` stretches every update and writes its
+number to stderr, so that a test can send a signal at a known step; `stop_after: N` sends SIGTERM
+in the midst of that update; `hang_up: true` closes the reader of stdout.
 """
 
 import json
@@ -23,10 +24,12 @@ from vitft import run, train
 from vitft.cli import door
 
 
-def paced(seconds: float) -> None:
+def paced(seconds: float, stop_after: int | None) -> None:
     update = train.Trainer._update
 
     def slowly(self: train.Trainer, pending: list[train.Batch]) -> None:
+        if self.state.step + 1 == stop_after:
+            os.kill(os.getpid(), signal.SIGTERM)
         update(self, pending)
         os.write(2, f"update {self.state.step}\n".encode())
         time.sleep(seconds)
@@ -46,8 +49,8 @@ def child(order: dict[str, Any]) -> None:
         os.dup2(writer, 1)
         os.close(reader)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    if order.get("pace") is not None:
-        paced(order["pace"])
+    if "stop_after" in order or order.get("pace") is not None:
+        paced(order.get("pace") or 0.0, order.get("stop_after"))
     sys.stdout = os.fdopen(1, "w", closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     code = door(run.main, order["argv"])
