@@ -16,7 +16,8 @@ import torch
 
 from vitft import features, store
 from vitft.errors import VitftError
-from vitft.features import FIXED_BATCH, Views, extract, head_logits, in_fixed_shape
+from vitft.evaluate import fixed_batch, in_fixed_shape
+from vitft.features import Views, extract, head_logits
 from vitft.images import DecodeSpec
 from vitft.inputs import TransformSpec
 from vitft.loaders import Photos
@@ -56,7 +57,7 @@ def test_the_head_on_cached_features_is_the_model(net, files):
     images = torch.stack([p[(0, i)][0] for i in range(60)])
     x = images.float().sub(127.5).div(127.5)
     with torch.inference_mode():
-        direct = torch.cat([in_fixed_shape(net, part) for part in x.split(FIXED_BATCH)])
+        direct = torch.cat([in_fixed_shape(net, part) for part in x.split(fixed_batch(CPU))])
     logits = head_logits(net.get_classifier(), rows.x[0], CPU)
     np.testing.assert_allclose(logits, direct.numpy(), atol=1e-6)
     np.testing.assert_array_equal(run(net, p).x, rows.x)

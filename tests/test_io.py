@@ -571,3 +571,16 @@ def test_the_door_opens_without_torch_or_numpy():
     code += "print(sorted({'torch', 'numpy', 'timm'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_a_file_that_another_process_removed_first_is_gone_as_wished(tmp_path, monkeypatch):
+    path = tmp_path / "a.shard"
+    path.write_bytes(b"rows")
+
+    def lost(target):
+        Path(target).unlink()
+        raise FileNotFoundError(errno.ENOENT, "gone", str(target))
+
+    monkeypatch.setattr(io.CALLS, "unlink", lost)
+    io.remove(path)
+    assert not path.exists()

@@ -11,9 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from vitft.kernels import fast_linear
 from vitft.stats import Interval, softmax, wilson
 
-FIXED_BATCH = 32  # the one shape of every forward whose result is compared: cache, run, predict
+CPU_BATCH, GPU_BATCH = 8, 256  # activations stay in the cache of one; fill the cores of the other
 
 
 @dataclass(frozen=True)
@@ -91,16 +92,22 @@ def predict(
     return Predictions(torch.cat(logits).numpy(), torch.cat(labels).numpy())
 
 
+def fixed_batch(device: torch.device) -> int:
+    """Rows of every forward whose result is compared: cache, run, predict."""
+    return GPU_BATCH if device.type == "cuda" else CPU_BATCH
+
+
 def in_fixed_shape(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """A forward over at most `FIXED_BATCH` rows, padded to that number.
+    """A forward over at most `fixed_batch` rows, padded to that number.
 
     One shape means one algorithm in the libraries below, so that a row's result does not depend on
     how many others came with it.
     """
-    n = len(x)
-    if n < FIXED_BATCH:
-        x = torch.cat([x, x[:1].expand(FIXED_BATCH - n, *x.shape[1:])])
-    return forward(x)[:n]
+    n, size = len(x), fixed_batch(x.device)
+    if n < size:
+        x = torch.cat([x, x[:1].expand(size - n, *x.shape[1:])])
+    with fast_linear(x.device):
+        return forward(x)[:n]
 
 
 def score(predictions: Predictions, classes: Sequence[str]) -> Scores:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vitft.console import say, track
 from vitft.errors import VitftError
-from vitft.evaluate import FIXED_BATCH, in_fixed_shape
+from vitft.evaluate import fixed_batch, in_fixed_shape
 from vitft.inputs import derive_seed, permutation
 from vitft.loaders import Batches, Photos
 from vitft.store import Key, Space, make_key
@@ -96,6 +96,7 @@ def _about(photos: Photos, backbone_key: str, device: torch.device) -> dict[str,
         "transform": photos.transform.key(),
         "decode": photos.decode.key(),
         "precision": "bfloat16" if device.type == "cuda" else "float32",
+        "batch": fixed_batch(device),
     }
     about.update(library_versions())
     if photos.transform.kind != "plain":
@@ -131,7 +132,7 @@ def _fill(
 ) -> None:
     batches = Batches(
         photos,
-        batch_size=FIXED_BATCH,
+        batch_size=fixed_batch(device),
         seed=photos.seed,
         shuffle=False,
         device=device,
@@ -206,7 +207,7 @@ def head_logits(
 ) -> NDArray[np.float32]:
     """A head over features [N, D] -> logits [N, C] float32, in batches of the fixed shape."""
     head.eval()
-    parts = torch.split(torch.as_tensor(x), FIXED_BATCH)
+    parts = torch.split(torch.as_tensor(x), fixed_batch(device))
     out = [in_fixed_shape(lambda b: head(b).float(), part.to(device)).cpu() for part in parts]
     return np.asarray(torch.cat(out).numpy())
 
@@ -242,10 +243,14 @@ class Views:
         """The batches of one epoch from the `start`-th on: x [B, D], y [B], rows [B]."""
         n, device = len(self.y), self.x.device
         order = torch.as_tensor(permutation(n, self.seed, epoch), device=device)
-        rng = np.random.default_rng(derive_seed(self.seed, "view", epoch))
-        drawn = torch.as_tensor(rng.integers(len(self.x), size=n), device=device)
+        drawn = self.drawn(epoch).to(device)
         for rows in torch.split(order, self.batch_size)[start:]:
             yield self.x[drawn[rows], rows], self.y[rows], rows
+
+    def drawn(self, epoch: int) -> Tensor:
+        """The view of each photograph in this epoch, int64 [N]."""
+        rng = np.random.default_rng(derive_seed(self.seed, "view", epoch))
+        return torch.as_tensor(rng.integers(len(self.x), size=len(self.y)))
 
     def names(self, rows: Tensor) -> list[str]:
         """The files behind some rows."""

@@ -533,12 +533,12 @@ def make_dir(path: Path) -> None:
 def remove(path: Path) -> None:
     """Removes a file, a link or a whole tree; missing is fine. Links are never followed.
 
-    A tree first loses its name, so that a kill half-way leaves no half tree under it.
+    Missing is fine too where another process was faster. A tree first loses its name, so that a kill half-way leaves no half tree under it.
     """
     path = Path(path)
     if not os.path.lexists(path):
         return
-    with _explained(path):
+    with _explained(path), suppress(FileNotFoundError):
         if path.is_dir() and not path.is_symlink():
             temp = _temp(path)
             CALLS.replace(path, temp)

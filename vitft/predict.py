@@ -27,7 +27,7 @@ from vitft.console import say, track
 from vitft.doubt import Foreign
 from vitft.encode import csv_cell
 from vitft.errors import DataError, Fault, WeightsError, escape
-from vitft.evaluate import FIXED_BATCH, in_fixed_shape
+from vitft.evaluate import fixed_batch, in_fixed_shape
 from vitft.features import backbone_of
 from vitft.folders import EXTENSIONS
 from vitft.images import BadImage, DecodeSpec
@@ -77,8 +77,9 @@ class Predictor:
         """One answer per file, in their order; memory does not grow with their number."""
         workers = max(1, (os.cpu_count() or 1) - 1)
         with ThreadPoolExecutor(workers) as pool:
-            for start in range(0, len(files), FIXED_BATCH):
-                chunk = files[start : start + FIXED_BATCH]
+            size = fixed_batch(self.device)
+            for start in range(0, len(files), size):
+                chunk = files[start : start + size]
                 yield from self._answers(chunk, list(pool.map(self._read, chunk)))
 
     def _read(self, path: Path) -> Tensor | BadImage:

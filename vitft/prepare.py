@@ -14,7 +14,7 @@ from torch import nn
 from vitft import data, model, offline
 from vitft.console import say, warn
 from vitft.errors import DataError, MachineError, RecipeError
-from vitft.evaluate import FIXED_BATCH
+from vitft.evaluate import fixed_batch
 from vitft.images import DecodeSpec
 from vitft.inputs import InputConfig, TransformSpec, augmented, plain
 from vitft.loaders import Batches, Photos
@@ -66,7 +66,7 @@ class Prepared:
         spec = self.recipe.train
         return Batches(
             photos,
-            batch_size=batch_size(spec, self.device) if train else FIXED_BATCH,
+            batch_size=batch_size(spec, self.device) if train else fixed_batch(self.device),
             seed=self.recipe.seed,
             shuffle=train,
             device=self.device,

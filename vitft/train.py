@@ -24,6 +24,7 @@ from vitft.checkpoint import Snapshot, flatten_optimizer, restore_optimizer, und
 from vitft.console import say, warn
 from vitft.errors import DivergedError, MachineError, VitftError
 from vitft.inputs import derive_seed
+from vitft.kernels import fast_linear
 from vitft.recipe import TrainSpec
 
 CHECK_EVERY = 25  # steps between looks at the loss on CUDA, where each look stops the queue
@@ -129,7 +130,8 @@ class Trainer:
         self.task = ClassificationTask(net, criterion, device=self.device, verbose=False)
         if spec.ema is not None:
             self.task.setup_ema(decay=spec.ema, use_warmup=True)
-        if _compiles(spec, self.device, self.updates_per_epoch * spec.epochs):
+        self.compiled = _compiles(spec, self.device, self.updates_per_epoch * spec.epochs)
+        if self.compiled:
             self.task.compile()
         self.precision = _precision(spec, self.device)
         self.scaler = torch.amp.GradScaler(enabled=self.precision is torch.float16)
@@ -267,9 +269,9 @@ class Trainer:
         self.task.update_ema(step=s.step)
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        if self.precision is None:
-            return nullcontext()
-        return torch.autocast(self.device.type, self.precision)
+        if self.precision is not None:
+            return torch.autocast(self.device.type, self.precision)
+        return nullcontext() if self.compiled else fast_linear(self.device)
 
     # -- what is finite, what is best -----------------------------------------------------------
 

@@ -1,0 +1,99 @@
+"""Linear layers through oneDNN: torch's own answer, gradient and shape, for what they serve."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm import create_model
+from torch import nn
+
+from vitft import kernels
+from vitft.evaluate import fixed_batch, in_fixed_shape
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def convolutions(monkeypatch):
+    """How many linear layers went the other way."""
+    calls = []
+    real = kernels._as_convolution
+    monkeypatch.setattr(
+        kernels, "_as_convolution", lambda *a, **k: calls.append(a) or real(*a, **k)
+    )
+    return calls
+
+
+def rand(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape)))
+
+
+@pytest.mark.parametrize("shape", [(16, 5, 192), (16, 1, 192), (16, 3, 4, 192), (20, 7, 192)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_values_and_gradients_are_those_of_torch(shape, bias, threads, convolutions):
+    layer, x = nn.Linear(192, 256, bias=bias), rand(*shape).requires_grad_()
+    wanted = layer(x)
+    wanted.square().sum().backward()
+    gradients = [x.grad.clone(), *(p.grad.clone() for p in layer.parameters())]
+    x.grad = None
+    layer.zero_grad()
+    with kernels.fast_linear(CPU):
+        got = layer(x)
+    got.square().sum().backward()
+    assert len(convolutions) == 1
+    assert got.shape == wanted.shape
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    for a, b in zip([x.grad, *(p.grad for p in layer.parameters())], gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("x", "weight"),
+    [
+        (rand(16, 192), rand(256, 192)),  # a head
+        (rand(16, 5, 8), rand(8, 8)),  # too small to win
+        (rand(16, 5, 192).double(), rand(256, 192).double()),
+        (rand(0, 5, 192), rand(256, 192)),
+    ],
+)
+def test_what_would_not_win_goes_torchs_way(x, weight, convolutions):
+    with kernels.fast_linear(CPU):
+        got = F.linear(x, weight)
+    assert not convolutions
+    assert torch.equal(got, F.linear(x, weight))
+
+
+def test_one_thread_and_few_images_go_torchs_way(threads, convolutions):
+    with kernels.fast_linear(CPU):
+        F.linear(rand(2, 5, 192), rand(256, 192))
+    assert len(convolutions) == (0 if threads == 1 else 1)
+
+
+def test_autocast_keeps_its_dtype(convolutions):
+    with kernels.fast_linear(CPU), torch.autocast("cpu", torch.bfloat16):
+        assert F.linear(rand(16, 5, 192), rand(256, 192)).dtype == torch.bfloat16
+    assert not convolutions
+
+
+def test_another_device_is_left_alone(convolutions):
+    with kernels.fast_linear(torch.device("meta")):
+        F.linear(rand(16, 5, 192), rand(256, 192))
+    assert not convolutions
+
+
+def test_a_whole_model_agrees_and_its_rows_do_not_depend_on_their_number(threads, convolutions):
+    torch.manual_seed(0)
+    net = create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=3).eval()
+    x = rand(fixed_batch(CPU), 3, 32, 32)
+    with torch.inference_mode():
+        wanted, got = net(x), in_fixed_shape(net, x)
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+        assert torch.equal(in_fixed_shape(net, x[:3]), got[:3])
+    assert bool(convolutions) == (threads == 2)

@@ -1,0 +1,68 @@
+"""Matrix products at the processor's full speed, for any model, equal to rounding.
+
+On CPU torch hands float32 products of `nn.Linear` to MKL, which on AMD processors leaves AVX-512
+unused, and hands convolutions to oneDNN, which uses what there is. A linear layer over tokens is a
+1 x 1 convolution over a picture of one column, so asking for that gets the faster library through
+public functions alone, with the memory layout unchanged: no copy, no repacked weights, gradients
+included. `tools/bench/extract.py` measures what it gives.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+SMALLEST = 2**15  # weights of a layer, below which a call costs more than it wins
+ONE_THREAD = 16  # batch from which torch gives 1 x 1 convolutions of one thread to oneDNN
+
+
+def fast_linear(device: torch.device) -> AbstractContextManager[Any]:
+    """While it is entered, linear layers over tokens run through oneDNN.
+
+    The choice depends on shapes, dtype and number of threads alone, never on a timing, so that a
+    run repeats to the bit. Heads, whose input is [B, D], are left alone everywhere.
+
+    Args:
+        device: Where the model is; elsewhere than on CPU nothing happens.
+    """
+    has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if device.type != "cpu" or not has_onednn:
+        return nullcontext()
+    return _FastLinear()
+
+
+class _FastLinear(TorchFunctionMode):
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is F.linear and _gains(*args[:2]):
+            return _as_convolution(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _gains(x: Tensor, weight: Tensor | None = None) -> bool:
+    return (
+        weight is not None
+        and x.dim() >= 3
+        and x.numel() > 0
+        and x.dtype == weight.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and weight.numel() >= SMALLEST
+        and (len(x) >= ONE_THREAD or torch.get_num_threads() > 1)
+    )
+
+
+def _as_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear`: [B, ..., D] -> [B, ..., E]."""
+    batch, width = len(x), x.shape[-1]
+    picture = x.reshape(batch, -1, 1, width).permute(0, 3, 1, 2)  # [B, D, T, 1], channels last
+    y = F.conv2d(picture, weight[:, :, None, None], bias)  # [B, E, T, 1]
+    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], len(weight))
