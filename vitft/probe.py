@@ -40,7 +40,6 @@ NULL = 1e-10  # eigenvalue over the largest, below which fewer rows than feature
 ABSENT = -1e4  # bias of a class without training photographs: never named, exports as float16
 MEMORY = 10  # pairs of L-BFGS
 WINDOW = 10  # steps over which progress is judged
-GRAD = 1.0
 CALM = 2  # steps in a row that promise little, before that is believed
 ARMIJO = 1e-4
 NOISE = 2e-7  # relative rounding error of a float32 objective
@@ -572,8 +571,7 @@ class _Solve:
         before = self.past.gather(0, (self.steps % WINDOW)[None])[0]
         slow = before - self.f <= 10 * self.tol * self.f
         stuck = self.t[:, 0] < SHORTEST
-        flat = self.g.abs().amax(1) <= GRAD * self.tol
-        return (taken & (small | slow | flat | (self.steps >= self.max_iter))) | stuck
+        return (taken & (small | slow | (self.steps >= self.max_iter))) | stuck
 
     def _keep(self, which: Tensor) -> None:
         for name in (
