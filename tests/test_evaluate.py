@@ -86,6 +86,6 @@ def test_predictions_keep_order_and_number():
     x = torch.randn(7, 2)
     batches = [(x[i : i + 3], torch.arange(i, min(i + 3, 7)) % 3, None) for i in (0, 3, 6)]
     p = predict(net.train(), batches)
-    np.testing.assert_allclose(p.logits, net(x).detach().numpy(), rtol=1e-6)
+    np.testing.assert_allclose(p.logits, net(x).detach().numpy(), rtol=1e-4, atol=1e-6)
     assert p.labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
     assert not net.training

@@ -533,7 +533,8 @@ def make_dir(path: Path) -> None:
 def remove(path: Path) -> None:
     """Removes a file, a link or a whole tree; missing is fine. Links are never followed.
 
-    Missing is fine too where another process was faster. A tree first loses its name, so that a kill half-way leaves no half tree under it.
+    Another process may be faster with the same. A tree first loses its name, so that
+    a kill half-way leaves no half tree under it.
     """
     path = Path(path)
     if not os.path.lexists(path):

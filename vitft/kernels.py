@@ -16,26 +16,29 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-SMALLEST = 2**15  # weights of a layer, below which a call costs more than it wins
-ONE_THREAD = 16  # batch from which torch gives 1 x 1 convolutions of one thread to oneDNN
 
+def fast_linear(device: torch.device, *, heads: bool = False) -> AbstractContextManager[Any]:
+    """While it is entered, linear layers run through oneDNN.
 
-def fast_linear(device: torch.device) -> AbstractContextManager[Any]:
-    """While it is entered, linear layers over tokens run through oneDNN.
-
-    The choice depends on shapes, dtype and number of threads alone, never on a timing, so that a
-    run repeats to the bit. Heads, whose input is [B, D], are left alone everywhere.
+    The choice depends on shapes and dtype alone, never on a timing, so that a run repeats to the
+    bit. A convolution works picture by picture: unlike those of a matrix product over all rows of a
+    batch, the bits of a row do not depend on its place among the others.
 
     Args:
         device: Where the model is; elsewhere than on CPU nothing happens.
+        heads: Layers whose input is [B, D] too: slower for many rows, but free of their place.
     """
     has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     if device.type != "cpu" or not has_onednn:
         return nullcontext()
-    return _FastLinear()
+    return _FastLinear(2 if heads else 3)
 
 
 class _FastLinear(TorchFunctionMode):
+    def __init__(self, dims: int) -> None:
+        super().__init__()
+        self.dims = dims
+
     def __torch_function__(
         self,
         func: Any,
@@ -43,25 +46,22 @@ class _FastLinear(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func is F.linear and _gains(*args[:2]):
+        if func is F.linear and self._serves(*args[:2]):
             return _as_convolution(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
-
-def _gains(x: Tensor, weight: Tensor | None = None) -> bool:
-    return (
-        weight is not None
-        and x.dim() >= 3
-        and x.numel() > 0
-        and x.dtype == weight.dtype == torch.float32
-        and not torch.is_autocast_enabled("cpu")
-        and weight.numel() >= SMALLEST
-        and (len(x) >= ONE_THREAD or torch.get_num_threads() > 1)
-    )
+    def _serves(self, x: Tensor, weight: Tensor | None = None) -> bool:
+        return (
+            weight is not None
+            and x.dim() >= self.dims
+            and x.numel() > 0
+            and x.dtype == weight.dtype == torch.float32
+            and not torch.is_autocast_enabled("cpu")
+        )
 
 
 def _as_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear`: [B, ..., D] -> [B, ..., E]."""
+    """`F.linear`: [B, ..., D] -> [B, ..., E]; each of the B is a picture."""
     batch, width = len(x), x.shape[-1]
     picture = x.reshape(batch, -1, 1, width).permute(0, 3, 1, 2)  # [B, D, T, 1], channels last
     y = F.conv2d(picture, weight[:, :, None, None], bias)  # [B, E, T, 1]

@@ -214,7 +214,11 @@ class Attention(nn.Module):
         return self._weights(q, k)
 
     def first_token(self, x: Tensor) -> Tensor:
-        """The first row of `forward`: [B, T, D] -> [B, 1, D], with one query for all keys."""
+        """The first row of `forward`: [B, T, D] -> [B, 1, D], with one query for all keys.
+
+        Sums of products rather than the fused kernel, whose bits for a single query depend on the
+        image's place in the batch.
+        """
         if type(self.qkv) is not nn.Linear:  # an adapter sits on it; splitting would go past it
             return self.forward(x)[:, :1]
         d = x.shape[-1]
@@ -222,8 +226,9 @@ class Attention(nn.Module):
         q_bias, kv_bias = (None, None) if bias is None else (bias[:d], bias[d:])
         (q,) = self._heads(F.linear(x[:, :1], weight[:d], q_bias), 1)  # [B, H, 1, K]
         k, v = self._heads(F.linear(x, weight[d:], kv_bias), 2)  # [B, H, T, K]
-        drop = self.attn_drop.p if self.training else 0.0
-        return self._merge(F.scaled_dot_product_attention(q, k, v, dropout_p=drop))
+        weights = ((q * self.scale) * k).sum(-1, keepdim=True).softmax(dim=2)  # [B, H, T, 1]
+        x = (self.attn_drop(weights) * v).sum(2, keepdim=True)  # [B, H, 1, K]
+        return self._merge(x)
 
     def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
         b, t, _ = x.shape
