@@ -23,6 +23,7 @@ FLOORS = (
     "data features product offline report compare cache",
     # a whole run
     "prepare",
+    "boundary",
     "learn explain",
     "findings ladder",
     "chapters",

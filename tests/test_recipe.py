@@ -223,6 +223,19 @@ def test_R11_a_file_that_is_no_recipe_gets_one_fault(tmp_path):
 
 
 CONFLICTS = [
+    ("mode: full\ntrain: {views: 4}", "train.views: 4", "train.blocks: null", "activations"),
+    (
+        "mode: full\ntrain: {views: 4, blocks: 2, patch_drop: 0.5}",
+        "train.patch_drop: 0.5",
+        "train.views: 4",
+        "are all there",
+    ),
+    (
+        "mode: full\ntrain: {views: 2, blocks: 2, mixup: 0.2}",
+        "train.mixup: 0.2",
+        "train.views: 2",
+        "cached activations",
+    ),
     ("mode: head\ntrain: {blocks: 2}", "train.blocks: 2", "mode: head", "frozen"),
     ("mode: probe\ntrain: {layer_decay: 0.7}", "train.layer_decay: 0.7", "mode: probe", "frozen"),
     ("mode: head\nmodel: {drop_path_rate: 0.1}", "model.drop_path_rate: 0.1", "mode", "frozen"),
@@ -484,8 +497,8 @@ head.views head.feature_dtype
 train.epochs train.batch_size train.opt train.lr train.momentum train.weight_decay
 train.layer_decay train.sched train.min_lr_ratio train.warmup_epochs train.label_smoothing
 train.mixup train.cutmix train.augment train.reprob train.ema train.clip_grad train.accumulate
-train.blocks train.init_head train.workers train.amp train.compile train.patience
-train.class_weights train.grad_checkpointing train.patch_drop train.checkpoint_minutes
+train.blocks train.views train.activations_gb train.init_head train.workers train.amp
+train.compile train.patience train.class_weights train.grad_checkpointing train.patch_drop train.checkpoint_minutes
 probe.kind probe.strengths probe.refit probe.tol probe.max_iter
 ladder.steps ladder.stop
 trust.calibrate trust.suspects trust.learning_curve trust.audit trust.max_error trust.bootstrap

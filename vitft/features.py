@@ -74,19 +74,58 @@ def extract(
         VitftError: `model.features`: the head on these features would not be the model.
     """
     started = time.monotonic()
+    space, computed = fill(
+        checked_backbone(net.eval()),
+        photos,
+        views=views,
+        device=device,
+        backbone_key=backbone_key,
+        dtype=dtype,
+        workers=workers,
+        root=root,
+    )
+    if computed:
+        space.merge()
+    keys = [[make_key(s, v) for s in photos.sha256] for v in range(views)]
+    x = np.stack([np.stack([space.get(k) for k in row]) for row in keys])  # [V, N, D]
+    seconds = time.monotonic() - started
+    reused = views * len(photos) - computed
+    say(f"features: {computed:,} computed, {reused:,} reused, {seconds:.1f} s")
+    return Features(x, photos.labels, computed, reused, seconds)
+
+
+def fill(
+    forward: Callable[[Tensor], Tensor],
+    photos: Photos,
+    *,
+    views: int,
+    device: torch.device,
+    backbone_key: str,
+    dtype: str = "float32",
+    workers: int | str = "auto",
+    root: Path | None = None,
+    what: str = "features",
+) -> tuple[Space, int]:
+    """A store that holds a row for every photograph and view, and how many were computed now.
+
+    Args:
+        forward: Images [B, 3, S, S] -> [B, ...], each row the photograph's own.
+        photos: As for `extract`, and so are the arguments that are not told here.
+        views: V.
+        device: Where `forward` computes.
+        backbone_key: Changes with everything that `forward` is.
+        dtype: As stored.
+        workers: Of the loader.
+        root: Of the store.
+        what: The word for the progress line.
+    """
     space = Space(_about(photos, backbone_key, device), dtype, root)
     missing = {v: _missing(space, photos, v) for v in range(views)}
     total = sum(len(rows) for rows in missing.values())
     if total:
         with torch.inference_mode():
-            _fill(space, net, photos, missing, total, device, workers)
-        space.merge()
-    keys = [[make_key(s, v) for s in photos.sha256] for v in range(views)]
-    x = np.stack([np.stack([space.get(k) for k in row]) for row in keys])  # [V, N, D]
-    seconds = time.monotonic() - started
-    reused = views * len(photos) - total
-    say(f"features: {total:,} computed, {reused:,} reused, {seconds:.1f} s")
-    return Features(x, photos.labels, total, reused, seconds)
+            _compute(space, forward, photos, missing, device, workers, what)
+    return space, total
 
 
 def _about(photos: Photos, backbone_key: str, device: torch.device) -> dict[str, str | int]:
@@ -96,7 +135,6 @@ def _about(photos: Photos, backbone_key: str, device: torch.device) -> dict[str,
         "transform": photos.transform.key(),
         "decode": photos.decode.key(),
         "precision": "bfloat16" if device.type == "cuda" else "float32",
-        "batch": fixed_batch(device),
     }
     about.update(library_versions())
     if photos.transform.kind != "plain":
@@ -121,14 +159,14 @@ def _missing(space: Space, photos: Photos, view: int) -> NDArray[np.int64]:
     return np.array(sorted(first.values()), dtype=np.int64)
 
 
-def _fill(
+def _compute(
     space: Space,
-    net: nn.Module,
+    forward: Callable[[Tensor], Tensor],
     photos: Photos,
     missing: dict[int, NDArray[np.int64]],
-    total: int,
     device: torch.device,
     workers: int | str,
+    what: str,
 ) -> None:
     batches = Batches(
         photos,
@@ -138,13 +176,11 @@ def _fill(
         device=device,
         workers=workers,
     )
-    net.eval()
-    backbone = checked_backbone(net)
     waiting: dict[Key, NDArray[np.float32]] = {}
-    last = time.monotonic()
+    last, total = time.monotonic(), sum(len(rows) for rows in missing.values())
     steps = (b for v, rows in missing.items() if len(rows) for b in _views(batches, v, rows))
-    for view, x, rows in track(steps, total, "features", size=lambda batch: len(batch[1])):
-        out = in_fixed_shape(backbone, x).float().cpu().numpy()
+    for view, x, rows in track(steps, total, what, size=lambda batch: len(batch[1])):
+        out = in_fixed_shape(forward, x).float().flatten(1).cpu().numpy()
         for row, values in zip(rows.tolist(), out, strict=True):
             waiting[make_key(photos.sha256[row], view)] = values
         if time.monotonic() - last >= FLUSH:
@@ -234,6 +270,7 @@ class Views:
     ) -> None:
         self.x = torch.as_tensor(cached.x).to(device)  # [V, N, D]
         self.y = torch.as_tensor(cached.y).to(device)
+        self.views = len(self.x)
         self.batch_size, self.seed, self.files = batch_size, seed, names
 
     def __len__(self) -> int:
@@ -241,16 +278,20 @@ class Views:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """The batches of one epoch from the `start`-th on: x [B, D], y [B], rows [B]."""
-        n, device = len(self.y), self.x.device
+        n, device = len(self.y), self.y.device
         order = torch.as_tensor(permutation(n, self.seed, epoch), device=device)
         drawn = self.drawn(epoch).to(device)
         for rows in torch.split(order, self.batch_size)[start:]:
-            yield self.x[drawn[rows], rows], self.y[rows], rows
+            yield self.take(drawn[rows], rows), self.y[rows], rows
 
     def drawn(self, epoch: int) -> Tensor:
         """The view of each photograph in this epoch, int64 [N]."""
         rng = np.random.default_rng(derive_seed(self.seed, "view", epoch))
-        return torch.as_tensor(rng.integers(len(self.x), size=len(self.y)))
+        return torch.as_tensor(rng.integers(self.views, size=len(self.y)))
+
+    def take(self, views: Tensor, rows: Tensor) -> Tensor:
+        """[B, D] of some rows, each in its view."""
+        return self.x[views, rows]
 
     def names(self, rows: Tensor) -> list[str]:
         """The files behind some rows."""

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from vitft import evaluate, features, model, train
+from vitft import boundary, evaluate, features, model, train
 from vitft.checkpoint import Snapshot
 from vitft.console import say
 from vitft.errors import VitftError
@@ -95,9 +95,13 @@ def require_frozen(p: Prepared, work: Callable[[], Learned]) -> Learned:
     before = model.backbone_fingerprint(p.net)
     learned = work()
     if model.backbone_fingerprint(p.net) != before:
-        text = "the frozen backbone's sha256 changed during training"
-        raise VitftError.of("train.not_frozen", p.recipe.model.name, text, "report this as a bug")
+        raise _changed(p, "the frozen backbone's")
     return replace(learned, backbone_frozen=True)
+
+
+def _changed(p: Prepared, whose: str) -> VitftError:
+    text = f"{whose} sha256 changed during training"
+    return VitftError.of("train.not_frozen", p.recipe.model.name, text, "report this as a bug")
 
 
 def solve_head(p: Prepared, hooks: Hooks, kind: str) -> Learned:
@@ -142,7 +146,7 @@ def train_head(p: Prepared, hooks: Hooks) -> Learned:
         seen["train"] = cached
     rows = _view_batches(p, cached, p.recipe.seed)
     _init_head(p, lambda: cached)
-    result = _fit(p, model.classifier(p.net), rows, hooks, val=seen["val"])
+    result = _fit(p, model.classifier(p.net), rows, hooks, predict=_of_head(p, seen["val"]))
     return Learned(result.history, result.best, seen, None, cached)
 
 
@@ -164,9 +168,31 @@ def fine_tune(p: Prepared, hooks: Hooks) -> Learned:
         model.train_last_blocks(p.net, spec.blocks)
     if spec.grad_checkpointing:
         cast(Any, p.net).set_grad_checkpointing(True)
+    if spec.views != "online" and spec.blocks is not None:
+        return _fit_tail(p, hooks, int(spec.views))
     _init_head(p, lambda: extract(p, "train"))
     batches = p.batches(p.photos("train", augment=True), train=True)
     result = _fit(p, p.net, batches, hooks)
+    return Learned(result.history, result.best, {}, None)
+
+
+def _fit_tail(p: Prepared, hooks: Hooks, views: int) -> Learned:
+    """The last blocks on activations that were computed once; the front is proven unchanged."""
+    boundary.check_budget(p, views)
+    frozen = model.frozen_fingerprint(p.net)
+    _init_head(p, lambda: extract(p, "train"))
+    kept, val = boundary.keep(p, "train", views=views), boundary.keep(p, "val", views=1)
+    part = boundary.tail(p.net, int(p.recipe.train.blocks or 0))
+    result = _fit(
+        p,
+        part,
+        boundary.batches(p, kept),
+        hooks,
+        predict=lambda net: boundary.predict(net, val, p.device),
+    )
+    p.net.eval()
+    if model.frozen_fingerprint(p.net) != frozen:
+        raise _changed(p, "the frozen blocks'")
     return Learned(result.history, result.best, {}, None)
 
 
@@ -201,7 +227,7 @@ def _fit(
     batches: train.Batches,
     hooks: Hooks,
     *,
-    val: Features | None = None,
+    predict: Callable[[nn.Module], Predictions] | None = None,
 ) -> train.Result:
     spec = p.recipe.train
     with hooks.listen() as stop:
@@ -210,7 +236,7 @@ def _fit(
             batches,
             spec,
             seed=p.recipe.seed,
-            validate=_validation(p, val),
+            validate=_validation(predict or _of_model(p)),
             soft=net is p.net and bool(spec.mixup or spec.cutmix),
             class_weight=class_weight(p),
             on_record=hooks.on_record,
@@ -220,20 +246,26 @@ def _fit(
         return trainer.fit(hooks.resume)
 
 
-def _validation(p: Prepared, val: Features | None) -> train.Validate:
-    """Accuracy and log loss on val: of a head on cached features, or of a whole model on images."""
-    photos = p.photos("val")
+def _validation(predict: Callable[[nn.Module], Predictions]) -> train.Validate:
+    """Accuracy and log loss on val."""
 
     def validate(net: nn.Module) -> tuple[float, float]:
-        if val is not None:
-            predictions = head_predictions(net, val, p.device)
-        else:
-            autocast = p.device.type == "cuda"
-            predictions = evaluate.predict(net, p.batches(photos).epoch(0), autocast=autocast)
+        predictions = predict(net)
         train.set_train_mode(net)
         return evaluate.accuracy(predictions), evaluate.log_loss(predictions)
 
     return validate
+
+
+def _of_model(p: Prepared) -> Callable[[nn.Module], Predictions]:
+    """A whole model's answers on the photographs of val."""
+    photos, autocast = p.photos("val"), p.device.type == "cuda"
+    return lambda net: evaluate.predict(net, p.batches(photos).epoch(0), autocast=autocast)
+
+
+def _of_head(p: Prepared, val: Features) -> Callable[[nn.Module], Predictions]:
+    """A head's answers on the cached features of val."""
+    return lambda head: head_predictions(head, val, p.device)
 
 
 def extract(p: Prepared, split: str, *, views: int = 1) -> Features:
@@ -296,6 +328,6 @@ def band_of_heads(p: Prepared, learned: Learned) -> list[float]:
             nn.init.trunc_normal_(head.weight, std=0.02)
             nn.init.zeros_(head.bias)
         rows = _view_batches(p, learned.train_views, derive_seed(p.recipe.seed, "band", k))
-        _fit(p, head.to(p.device), rows, Hooks(), val=val)
+        _fit(p, head.to(p.device), rows, Hooks(), predict=_of_head(p, val))
         out.append(evaluate.accuracy(head_predictions(head, scored, p.device)))
     return out

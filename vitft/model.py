@@ -318,6 +318,12 @@ def backbone_fingerprint(net: nn.Module) -> str:
     return weights.fingerprint({k: v for k, v in net.state_dict().items() if k not in head})
 
 
+def frozen_fingerprint(net: nn.Module) -> str:
+    """sha256 over every parameter that training cannot change."""
+    frozen = {k: p.detach() for k, p in net.named_parameters() if not p.requires_grad}
+    return weights.fingerprint(frozen)
+
+
 def trainable(net: nn.Module) -> int:
     """How many parameters training can change."""
     return sum(p.numel() for p in net.parameters() if p.requires_grad)

@@ -500,7 +500,7 @@ Clash = tuple[str, str, str, str]  # key, other key, why, fix
 
 def _conflicts(r: Recipe) -> Iterator[Fault]:
     """Only what cannot be: an option that would be ignored in silence, or chosen from nothing."""
-    for a, b, why, fix in (*_frozen(r), *_views(r), *_splits(r), *_others(r)):
+    for a, b, why, fix in (*_frozen(r), *_views(r), *_tail(r), *_splits(r), *_others(r)):
         text = f"{_told(r, a)} cannot go with {_told(r, b)}: {why}"
         yield Fault("recipe.conflict", r.place(a), text, fix)
 
@@ -532,19 +532,38 @@ def _frozen(r: Recipe) -> Iterator[Clash]:
 def _views(r: Recipe) -> Iterator[Clash]:
     """Augmentation of photographs where the head sees cached features only."""
     views, t = r.head.views, r.train
-    if r.mode != "head" or views == "online":
+    if r.mode == "head" and views != "online":
+        yield from _kept("head.views", views, t)
+
+
+def _tail(r: Recipe) -> Iterator[Clash]:
+    """The same where the last blocks see kept activations only."""
+    t = r.train
+    if t.views == "online":
         return
+    if t.blocks is None:
+        why = "only activations before the last blocks can be kept"
+        yield "train.views", "train.blocks", why, "set train.blocks: 2, or train.views: online"
+    if t.patch_drop:
+        why = "the patches of kept activations are all there"
+        yield "train.patch_drop", "train.views", why, "set train.patch_drop: 0"
+    yield from _kept("train.views", t.views, t)
+
+
+def _kept(name: str, views: int, t: TrainSpec) -> Iterator[Clash]:
+    """What kept views of single photographs cannot have."""
     for key, value in (("train.mixup", t.mixup), ("train.cutmix", t.cutmix)):
         if value:
-            why = "cached features come from one photograph each"
-            yield key, "head.views", why, f"set head.views: online, or {key}: 0"
+            what = "features" if name == "head.views" else "activations"
+            why = f"cached {what} come from one photograph each"
+            yield key, name, why, f"set {name}: online, or {key}: 0"
     policy = t.augment not in ("tutorial", "plain")
     for key, active in (("train.reprob", t.reprob > 0), ("train.augment", policy)):
         if views == 1 and active:
             why = "one view is the plain transform, nothing is random"
-            yield key, "head.views", why, "set head.views: 4, or online"
+            yield key, name, why, f"set {name}: 4, or online"
     if views > 1 and t.augment == "plain" and t.reprob == 0:
-        yield "head.views", "train.augment", "all views would be equal", "set head.views: 1"
+        yield name, "train.augment", "all views would be equal", f"set {name}: 1"
 
 
 def _splits(r: Recipe) -> Iterator[Clash]:

@@ -313,6 +313,15 @@ class TrainSpec(Section):
         default=None,
         description="Train only the last K blocks, the final norm and the head (mode full).",
     )
+    views: Count | Literal["online"] = Field(
+        default="online",
+        description="With train.blocks: augmented views per photograph whose activations before "
+        "the last K blocks are kept; 1: the plain transform; `online`: augment anew in every "
+        "epoch, through the whole model.",
+    )
+    activations_gb: Positive = Field(
+        default=8.0, description="Disk that kept activations may take, in GB of 10^9 bytes."
+    )
     init_head: Literal["fresh", "zero", "probe"] = Field(
         default="fresh", description="The head starts at random, at zero, or from a linear probe."
     )

@@ -1,0 +1,101 @@
+"""Last blocks on kept activations: the cut is clean, and training on it is training the model."""
+
+import pytest
+import torch
+from timm import create_model
+
+import vitft  # noqa: F401
+from vitft import boundary, model
+from vitft.errors import RecipeError
+from vitft.learn import Hooks, learn
+from vitft.prepare import prepare
+
+TIMM = {"img_size": 32, "embed_dim": 32, "depth": 3, "num_heads": 2, "patch_size": 8}
+
+
+def ours(**options):
+    torch.manual_seed(0)
+    return create_model("vitflower_ti16", num_classes=3, **(TIMM | options)).eval()
+
+
+def timms():
+    torch.manual_seed(0)
+    return create_model("vit_tiny_patch16_224", num_classes=3, **TIMM).eval()
+
+
+@pytest.mark.parametrize("make", [ours, timms, lambda: ours(global_pool="avg")])
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+def test_tail_after_front_is_the_model(make, blocks):
+    net, x = make(), torch.randn(4, 3, 32, 32)
+    with torch.inference_mode():
+        tokens = boundary.front(net, blocks)(x)
+        assert tokens.shape == (4, 17, 32)
+        torch.testing.assert_close(boundary.tail(net, blocks)(tokens), net(x), rtol=0, atol=1e-6)
+    assert not net.blocks[-blocks]._forward_pre_hooks
+
+
+def test_a_tail_shares_every_tensor_and_name_and_leaves_the_model_as_it_was():
+    net = ours()
+    kind, part = type(net), boundary.tail(net, 1)
+    assert type(net) is kind
+    mine, its = dict(net.named_parameters()), dict(part.named_parameters())
+    assert list(mine) == list(its)
+    assert all(mine[name] is its[name] for name in mine)
+    model.set_head(part, torch.ones(3, 32), torch.zeros(3))
+    assert net.head.weight.detach().sum() == 96
+
+
+def prepared(tiny_recipe, *overrides):
+    return prepare(tiny_recipe("full", "train.blocks=1", "train.augment=plain", *overrides))
+
+
+def test_training_on_kept_activations_is_training_the_last_blocks(tiny_recipe):
+    whole, kept = prepared(tiny_recipe), prepared(tiny_recipe, "train.views=1")
+    start = {k: v.clone() for k, v in kept.net.state_dict().items()}
+    wanted, got = learn(whole, Hooks()), learn(kept, Hooks())
+    for a, b in zip(wanted.history, got.history, strict=True):
+        assert b["train_loss"] == pytest.approx(a["train_loss"], rel=1e-4)
+        assert b["val_accuracy"] == a["val_accuracy"]
+    end = whole.net.state_dict()
+    changed = set()
+    for name, tensor in kept.net.state_dict().items():
+        torch.testing.assert_close(tensor, end[name], rtol=1e-3, atol=1e-4)
+        changed |= set() if torch.equal(tensor, start[name]) else {name.split(".")[0]}
+        if name.startswith(("patch_embed", "pos_embed", "cls_token", "blocks.0")):
+            assert torch.equal(tensor, start[name])
+    assert changed == {"blocks", "norm", "head"}
+
+
+def test_views_are_computed_once_and_two_runs_are_equal_to_the_bit(tiny_recipe, caplog):
+    caplog.set_level("INFO")
+
+    def once():
+        caplog.clear()
+        p = prepare(tiny_recipe("full", "train.blocks=1", "train.views=3", "train.epochs=3"))
+        learn(p, Hooks())
+        return p.net.state_dict(), caplog.text
+
+    first, told = once()
+    assert "activations before the last 1 blocks: 126 computed, 0 reused" in told
+    again, told = once()
+    assert "activations before the last 1 blocks: 0 computed, 126 reused" in told
+    assert all(torch.equal(first[k], again[k]) for k in first)
+
+
+def test_a_budget_too_small_is_said_before_anything_is_computed(tiny_recipe):
+    p = prepared(tiny_recipe, "train.views=1", "train.activations_gb=1e-5")
+    with pytest.raises(RecipeError) as caught:
+        learn(p, Hooks())
+    assert str(caught.value) == (
+        "error[train.activations] command line: train.views: 51 activations of 17 x 32 values "
+        "need 0.00 GB of disk, train.activations_gb allows 1e-05\n"
+        "fix: raise train.activations_gb, lower train.views, or set train.views: online"
+    )
+
+
+def test_a_model_that_does_more_than_its_blocks_is_refused(tiny_recipe):
+    p = prepared(tiny_recipe, "train.views=1")
+    kind = type(p.net)
+    p.net.__class__ = type("Odd", (kind,), {"forward": lambda self, x: 2 * kind.forward(self, x)})
+    with pytest.raises(RecipeError, match=r"train.boundary.*cannot be cut .*relative difference"):
+        learn(p, Hooks())
