@@ -498,7 +498,8 @@ train.epochs train.batch_size train.opt train.lr train.momentum train.weight_dec
 train.layer_decay train.sched train.min_lr_ratio train.warmup_epochs train.label_smoothing
 train.mixup train.cutmix train.augment train.reprob train.ema train.clip_grad train.accumulate
 train.blocks train.views train.activations_gb train.init_head train.workers train.amp
-train.compile train.patience train.class_weights train.grad_checkpointing train.patch_drop train.checkpoint_minutes
+train.compile train.patience train.class_weights train.grad_checkpointing
+train.patch_drop train.checkpoint_minutes
 probe.kind probe.strengths probe.refit probe.tol probe.max_iter
 ladder.steps ladder.stop
 trust.calibrate trust.suspects trust.learning_curve trust.audit trust.max_error trust.bootstrap

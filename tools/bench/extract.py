@@ -125,7 +125,8 @@ def show(rows: list[dict[str, Any]], file: Path | None) -> int:
             r["ratio"] = r["images_per_second"] / best
             print(
                 f"{name:<15} {r['way']:<14} batch {r['batch']:>3} "
-                f"{r['images_per_second']:9.1f} images/s  ({low:.1f} to {high:.1f})  {r['ratio']:5.2f} x the best of timm"
+                f"{r['images_per_second']:9.1f} images/s  ({low:.1f} to {high:.1f})  "
+                f"{r['ratio']:5.2f} x the best of timm"
             )
         ratios[name] = next(r["ratio"] for r in mine if r["way"] == "vitft")
     if file:
