@@ -60,17 +60,30 @@ def save(
         tables: Further arrays for predict, kept beside the weights so that timm's strict loading
             meets the model's tensors alone.
     """
+    with io.staged_dir(folder) as staged:
+        fill(net, staged, card, config, as_timm=as_timm, tables=tables)
+
+
+def fill(
+    net: nn.Module,
+    folder: Path,
+    card: Card,
+    config: InputConfig,
+    *,
+    as_timm: bool,
+    tables: Mapping[str, NDArray[Any]] | None = None,
+) -> None:
+    """Writes the product's files into a folder that the caller has staged; as `save`."""
     architecture = timm_twin(card) if as_timm else card.architecture
     if architecture != card.architecture:  # whose own default may be another size
         card = replace(card, options=card.options | {"img_size": config.size[0]})
     header = {"format": "pt", KEY: text_of(replace(card, architecture=architecture))}
     tensors = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
-    with io.staged_dir(folder) as staged:
-        io.write_tensors(staged / "model.safetensors", tensors, header)
-        if tables:
-            io.write_tensors(staged / TABLES, tables, {})
-        io.write_json(staged / "config.json", _timm_config(net, card, config, architecture))
-        _prove(net, tensors, staged / "model.safetensors", config)
+    io.write_tensors(folder / "model.safetensors", tensors, header)
+    if tables:
+        io.write_tensors(folder / TABLES, tables, {})
+    io.write_json(folder / "config.json", _timm_config(net, card, config, architecture))
+    _prove(net, tensors, folder / "model.safetensors", config)
 
 
 def timm_twin(card: Card) -> str:

@@ -1,0 +1,422 @@
+"""The door out: a trained model as files that need no vitft, checked before they are kept.
+
+    python -m vitft.export MODEL_OR_RUN -o OUT --format onnx|pt2|hf|timm
+    python -m vitft.export --selftest OUT
+
+    onnx   model.onnx for onnxruntime; batch free; logits and calibrated probabilities out
+    pt2    the same as a torch.export archive
+    hf     timm's and transformers' folder with a model card; the temperature is not applied
+    timm   the same folder without the card
+
+With --uint8 the graph normalises: it takes uint8 RGB [B, H, W, 3], as the photograph is after
+decoding, resizing and cropping (export.json says to what). Those stay with the caller. OUT is a
+folder: the model, export.json, and three golden images with their logits. It appears whole, after
+real photographs have gone through the file and no probability differed by more than 1e-4 from
+PyTorch's, or not at all.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from vitft import console, encode, graph, hubpage, io, product, proof
+from vitft.card import Card
+from vitft.console import say
+from vitft.errors import Fault, RecipeError, VitftError, WeightsError, escape
+from vitft.graph import Deployed, Runner
+from vitft.inputs import InputConfig, TransformSpec, normalise
+from vitft.proof import Agreement, Evidence
+from vitft.stats import wilson
+
+FORMATS = ("onnx", "pt2", "hf", "timm")
+GRAPHS = {"onnx": "model.onnx", "pt2": "model.pt2"}
+ABOUT = "export.json"
+VARIANTS = "variants.json"
+LIMIT = 1000  # photographs compared, unless told
+ROUNDS = 5  # of a timing
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is wanted.
+
+    Attributes:
+        format: One of FORMATS.
+        uint8: Normalising is inside the graph.
+        variants: float16 and int8 beside the ONNX file.
+        licence: For the model card.
+        private: Golden images are bundled flowers, not photographs of the run.
+    """
+
+    format: str
+    uint8: bool = False
+    variants: bool = False
+    licence: str = "unknown"
+    private: bool = False
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One precision, measured.
+
+    Attributes:
+        name: Such as `int8`.
+        megabytes: Of the file; None for PyTorch.
+        agreement: With the model in PyTorch.
+        ms_one: Milliseconds for one image, median.
+        per_second: Images in batches of 32, median.
+    """
+
+    name: str
+    megabytes: float | None
+    agreement: Agreement
+    ms_one: float
+    per_second: float
+
+
+def export(model: Path, out: Path, order: Order, evidence: Evidence) -> Agreement:
+    """Writes one folder.
+
+    Args:
+        model: Run folder, `model/` folder or file.
+        out: Replaced whole, if it is an earlier export.
+        order: What to write.
+        evidence: Photographs to compare on.
+
+    Raises:
+        VitftError: `export.differs`: the file is not the model; whatever was there is unchanged.
+        RecipeError: `export.output`: something else is there.
+    """
+    require_free(out)
+    net, card = product.load(model)
+    with io.staged_dir(out) as staged:
+        _write(net, card, model, staged, order)
+        io.write_json(staged / ABOUT, about(card, order))
+        runner = open_export(staged, order.format, card, uint8=order.uint8)
+        answers, (found,) = proof.compare(net, card, evidence, [runner])
+        proof.refuse(out, found)
+        if order.private:
+            evidence = proof.Evidence(tuple(sorted(proof.SAMPLE.rglob("*.jpg"))[::90]), "bundled")
+            answers, _ = proof.compare(net, card, evidence, [])
+        proof.write_golden(staged, card, evidence, answers)
+        if order.variants:
+            _write_variants(net, card, staged, order, evidence)
+        _last_look(staged, card, runner, out)
+    return found
+
+
+def require_free(out: Path) -> None:
+    """Replaces nothing but an earlier export.
+
+    Raises:
+        RecipeError: `export.output`.
+    """
+    taken = out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / ABOUT).is_file())
+    if taken:
+        text = "is there already and is no earlier export"
+        raise RecipeError.of("export.output", out, text, "name a new folder with -o")
+
+
+def _write(net: nn.Module, card: Card, model: Path, folder: Path, order: Order) -> None:
+    transform = product.transform_of(card)
+    if order.format in GRAPHS:
+        module = Deployed(net, transform, card.temperature or 1.0, uint8=order.uint8)
+        write = graph.write_onnx if order.format == "onnx" else graph.write_pt2
+        write(module, transform, folder / GRAPHS[order.format], _metadata(card, order))
+        return
+    try:
+        product.fill(
+            net,
+            folder,
+            card,
+            config_of(transform),
+            as_timm=True,
+            tables=product.load_tables(model),
+        )
+    except RecipeError as error:
+        text = error.faults[0].text
+        raise RecipeError.of("export.as_timm", model, text, "export it as onnx or pt2") from None
+    if order.format == "hf":
+        run = product.find_file(model).parent.parent
+        golden = "bundled flowers" if order.private else "photographs of the comparison"
+        run_or_none = run if (run / "metrics.json").is_file() else None
+        text = hubpage.page(card, run_or_none, order.licence, golden=golden)
+        io.write_text(folder / "README.md", text)
+
+
+def config_of(transform: TransformSpec) -> InputConfig:
+    """What timm's config.json says, from the transform that the model was measured with."""
+    t = transform
+    return InputConfig(t.size, t.mean, t.std, t.interpolation, t.crop_pct, t.crop_mode)
+
+
+def about(card: Card, order: Order) -> dict[str, Any]:
+    """Everything that using the file rightly takes, as JSON values."""
+    transform = product.transform_of(card)
+    applied = order.format in GRAPHS
+    return {
+        "format": order.format,
+        "vitft": version("vitft"),
+        "uint8": order.uint8,
+        "input": _input(transform, order),
+        "outside": _outside(transform, order),
+        "outputs": list(graph.OUTPUTS) if applied else ["logits"],
+        "temperature_applied": applied and card.temperature is not None,
+        "card": json.loads(encode.json_text(card)),
+    }
+
+
+def _input(transform: TransformSpec, order: Order) -> str:
+    height, width = transform.size
+    if order.uint8:
+        return f"images: uint8 RGB [B, {height}, {width}, 3], 0 to 255"
+    return f"images: float32 RGB [B, 3, {height}, {width}], (value / 255 - mean) / std"
+
+
+def _outside(transform: TransformSpec, order: Order) -> str:
+    """In words, what the caller does to a photograph."""
+    (height, width), t = transform.size, transform
+    grown = f"{int(height / t.crop_pct)} x {int(width / t.crop_pct)}"
+    how = {
+        "center": f"resize so that it just covers {grown} px, keeping its shape, crop the centre",
+        "squash": f"resize to {grown} px whatever its shape, crop the centre",
+        "border": f"resize to fit into {grown} px, keeping its shape, pad with the mean, crop",
+    }.get(t.crop_mode, t.crop_mode)
+    text = (
+        f"decode upright (EXIF) to 8-bit RGB on the card's background; {how} to {height} x {width} "
+        f"px; {t.interpolation}, antialiased, as Pillow does"
+    )
+    return text if order.uint8 else text + "; then normalise"
+
+
+def _metadata(card: Card, order: Order) -> dict[str, str]:
+    told = about(card, order)
+    return {
+        graph.META: encode.json_text(told),
+        "class_names": encode.json_text(list(card.classes)),
+        "temperature": str(card.temperature or 1.0),
+        "transform": encode.json_text(card.transform),
+    }
+
+
+# --- opened again --------------------------------------------------------------------------------
+
+
+def open_export(folder: Path, format: str, card: Card, *, uint8: bool) -> Runner:
+    """What a folder holds, ready to be asked."""
+    transform = product.transform_of(card)
+    if format == "onnx":
+        return graph.open_onnx(folder / GRAPHS[format], transform, uint8=uint8)
+    if format == "pt2":
+        return graph.open_pt2(folder / GRAPHS[format], transform, uint8=uint8)
+    net: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+
+    @torch.inference_mode()
+    def run(pixels: torch.Tensor) -> tuple[graph.Floats, graph.Floats]:
+        logits = net(normalise(pixels, transform))
+        p = (logits / (card.temperature or 1.0)).softmax(dim=1)
+        return logits.numpy(), p.numpy()
+
+    return run
+
+
+def _last_look(folder: Path, card: Card, runner: Runner, out: Path) -> None:
+    bad = [text for text, good in proof.check_golden(folder, card, runner) if not good]
+    if bad:
+        fix = "please report this as a bug"
+        raise VitftError.of("export.differs", out, "; ".join(bad), fix)
+
+
+def selftest(folder: Path) -> tuple[list[str], bool]:
+    """Loads an export and asks it about its golden images.
+
+    Returns:
+        One line per image, and whether all hold.
+
+    Raises:
+        WeightsError: `ckpt.corrupt`: a file has changed; `export.unreadable`; `export.golden`.
+    """
+    if bad := io.verify_dir(folder):
+        fix = "copy the folder again, or export the model again"
+        raise WeightsError.of("ckpt.corrupt", folder, "; ".join(bad), fix)
+    try:
+        told = json.loads((folder / ABOUT).read_text("utf-8"))
+        format, uint8 = str(told["format"]), bool(told["uint8"])
+        card = product.Card(**told["card"] | {"classes": tuple(told["card"]["classes"])})
+        product.transform_of(card), product.decode_of(card), FORMATS.index(format)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        text = f"cannot be read ({type(error).__name__}: {str(error)[:200]})"
+        fix = "name a folder that vitft.export wrote"
+        raise WeightsError.of("export.unreadable", folder / ABOUT, text, fix) from None
+    found = list(proof.check_golden(folder, card, open_export(folder, format, card, uint8=uint8)))
+    return [f"{'same   ' if good else 'DIFFERS'} {text}" for text, good in found], all(
+        good for _, good in found
+    )
+
+
+# --- variants ------------------------------------------------------------------------------------
+
+
+def _write_variants(
+    net: nn.Module, card: Card, folder: Path, order: Order, evidence: Evidence
+) -> None:
+    """float16 and int8 beside the ONNX file, and what they cost and gain."""
+    transform, temperature = product.transform_of(card), card.temperature or 1.0
+    half = Deployed(net, transform, temperature, uint8=order.uint8, half=True)
+    files = {name: folder / f"model.{name}.onnx" for name in ("float16", "int8")}
+    graph.write_onnx(half, transform, files["float16"], _metadata(card, order))
+    graph.quantise(folder / GRAPHS["onnx"], files["int8"])
+    files = {"float32": folder / GRAPHS["onnx"]} | files
+    runners = {n: graph.open_onnx(f, transform, uint8=order.uint8) for n, f in files.items()}
+    runners = {"PyTorch": _torch_runner(net, card)} | runners
+    _, found = proof.compare(net, card, evidence, list(runners.values()))
+    speeds = _speeds(list(runners.values()), transform)
+    rows = [
+        Variant(name, _megabytes(files.get(name)), agreement, *speed)
+        for name, agreement, speed in zip(runners, found, speeds, strict=True)
+    ]
+    io.write_json(folder / VARIANTS, {"photographs": evidence.what, "variants": rows})
+
+
+def _megabytes(file: Path | None) -> float | None:
+    return None if file is None else file.stat().st_size / 1e6
+
+
+def _torch_runner(net: nn.Module, card: Card) -> Runner:
+    def run(pixels: torch.Tensor) -> tuple[graph.Floats, graph.Floats]:
+        with torch.inference_mode():
+            logits = net(normalise(pixels, product.transform_of(card)))
+        return logits.numpy(), (logits / (card.temperature or 1.0)).softmax(dim=1).numpy()
+
+    return run
+
+
+def _speeds(runners: list[Runner], transform: TransformSpec) -> list[tuple[float, float]]:
+    """Milliseconds for one image and images per second in batches of 32; ways take turns."""
+    one = torch.randint(0, 256, (1, 3, *transform.size), dtype=torch.uint8)
+    many = one.expand(32, -1, -1, -1).contiguous()
+    times: list[tuple[list[float], list[float]]] = [([], []) for _ in runners]
+    for _ in range(ROUNDS):
+        for runner, (single, batch) in zip(runners, times, strict=True):
+            runner(one)
+            single.append(_seconds(lambda run=runner: run(one)))  # type: ignore[misc]
+            batch.append(_seconds(lambda run=runner: run(many)))  # type: ignore[misc]
+    return [(1e3 * statistics.median(a), 32 / statistics.median(b)) for a, b in times]
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def table(folder: Path) -> list[str]:
+    """variants.json for people."""
+    told: Mapping[str, Any] = json.loads((folder / VARIANTS).read_text("utf-8"))
+    lines = [
+        f"{'variant':<9} {'MB':>7} {'accuracy':>25} {'alike':>9} {'largest diff':>12} "
+        f"{'ms for 1':>9} {'images/s':>9}"
+    ]
+    for row in told["variants"]:
+        a = row["agreement"]
+        size = "-" if row["megabytes"] is None else f"{row['megabytes']:.1f}"
+        lines.append(
+            f"{row['name']:<9} {size:>7} {_accuracy(a):>25} {a['same']:>4}/{a['n']:<4} "
+            f"{a['probability']:>12.1e} {row['ms_one']:>9.1f} {row['per_second']:>9.1f}"
+        )
+    return lines
+
+
+def _accuracy(agreement: Mapping[str, Any]) -> str:
+    right, n = agreement["right"], agreement["n"]
+    if right is None:
+        return "labels not known"
+    bounds = wilson(right, n)
+    return f"{right / n:.1%} [{100 * bounds.low:.1f}, {100 * bounds.high:.1f}]"
+
+
+# --- the command line ----------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of `python -m vitft.export`."""
+    p = argparse.ArgumentParser(
+        prog="vitft export", description="Writes a model for use without vitft, and checks it."
+    )
+    p.add_argument("model", nargs="?", type=Path, metavar="MODEL_OR_RUN")
+    p.add_argument("-o", "--out", type=Path, metavar="FOLDER", help="where to; appears whole")
+    p.add_argument("--format", choices=FORMATS, default="onnx", help="default onnx")
+    p.add_argument("--uint8", action="store_true", help="normalise inside the graph")
+    p.add_argument("--variants", action="store_true", help="float16 and int8 too, measured")
+    p.add_argument("--images", nargs="+", type=Path, default=[], metavar="IMAGE")
+    p.add_argument("--limit", type=int, default=LIMIT, metavar="N", help="photographs compared")
+    p.add_argument("--licence", default="unknown", metavar="ID", help="for the model card")
+    p.add_argument("--private", action="store_true", help="no photograph of the run travels")
+    p.add_argument("--selftest", type=Path, metavar="FOLDER", help="check an export, and stop")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the largest difference and the folder; --selftest ends with 1 if an image differs."""
+    args = parser().parse_args(argv)
+    console.setup()
+    if args.selftest is not None:
+        lines, good = selftest(args.selftest)
+        for line in lines:
+            print(escape(line))  # noqa: T201
+        return 0 if good else VitftError.exit_code
+    _check(args)
+    order = Order(args.format, args.uint8, args.variants, args.licence, args.private)
+    require_free(args.out)
+    evidence = proof.gather(args.model, args.images, args.limit)
+    say(f"comparing on {evidence.what}")
+    found = export(args.model, args.out, order, evidence)
+    say(found.line())
+    for line in table(args.out) if args.variants else []:
+        print(line)  # noqa: T201
+    print(args.out)  # noqa: T201
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Everything that the command line alone can tell, at once.
+
+    Raises:
+        RecipeError: `export.option`.
+    """
+    faults = []
+
+    def fault(place: str, text: str, fix: str) -> None:
+        faults.append(Fault("export.option", place, text, fix))
+
+    if args.model is None:
+        fault("MODEL_OR_RUN", "is missing", "name a run folder or a model")
+    if args.out is None:
+        fault("-o", "is missing", "name the folder to write")
+    if args.uint8 and args.format not in GRAPHS:
+        fault("--uint8", f"{args.format} holds no graph", "leave it out, or use onnx or pt2")
+    if args.variants and args.format != "onnx":
+        fault("--variants", f"not for {args.format}", "use --format onnx")
+    if args.licence != "unknown" and args.format != "hf":
+        fault("--licence", f"{args.format} has no model card", "use --format hf")
+    if args.limit < 1:
+        fault("--limit", f"must be at least 1, got {args.limit}", "name how many to compare")
+    if faults:
+        raise RecipeError(faults)
+
+
+if __name__ == "__main__":
+    from vitft.cli import door
+
+    sys.exit(door(main))

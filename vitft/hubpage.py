@@ -1,0 +1,227 @@
+"""A run's numbers -> the README.md of a folder for the Hugging Face hub, made without a network.
+
+Its front matter is what the hub reads (licence, base model, results), its text what a person should
+know before using the model. Numbers come with their intervals, from the run's metrics.json where it
+is there and from the model's own Card otherwise. Nothing is claimed that was not measured.
+"""
+
+import html
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from vitft import model, recipe
+from vitft.card import Card
+from vitft.errors import VitftError, escape
+
+WORDS = {
+    "accuracy": "Accuracy",
+    "balanced_accuracy": "Balanced accuracy",
+    "macro_f1": "Macro F1",
+    "log_loss": "Log loss",
+}
+HUB_NAMES = {"accuracy": "accuracy", "macro_f1": "f1"}  # metrics that the hub shows
+SHOWN = 100  # classes in the table
+
+
+def page(card: Card, run: Path | None, licence: str, *, golden: str) -> str:
+    """The README's whole text.
+
+    Args:
+        card: Of the model.
+        run: The run's folder, or None where only the model is there.
+        licence: An identifier of the hub's, such as `apache-2.0`, or `unknown`.
+        golden: What the three golden images are.
+    """
+    told = _metrics(run)
+    split, scores = _scores(card, told)
+    lines = [
+        front_matter(card, scores, licence),
+        f"# {_plain(_title(card))}",
+        "",
+        f"An image classifier for {len(card.classes):,} classes, trained with vitft on "
+        f"`{card.architecture}`. It opens in timm and in transformers:",
+        "",
+        "```python",
+        "import timm, transformers",
+        "",
+        'model = timm.create_model("local-dir:PATH", pretrained=True)',
+        'answers = transformers.pipeline("image-classification", model="PATH")("photo.jpg")',
+        "```",
+        "",
+        "## How good it is",
+        "",
+        *_results(split, scores),
+        "",
+        *_temperature(card),
+        "",
+        "## Intended use and limits",
+        "",
+        *_limits(card, split, scores),
+        "",
+        "## Data",
+        "",
+        *_data(card, told),
+        "",
+        "## Check it",
+        "",
+        f"`golden/` holds three images ({golden}) with the logits that PyTorch gave; "
+        "`python -m vitft.export --selftest FOLDER` compares.",
+        "",
+        "## Licence",
+        "",
+        _licence(licence),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def front_matter(card: Card, scores: Mapping[str, Any], licence: str) -> str:
+    """YAML between two lines of dashes, by huggingface_hub's own writer."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    results = [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type="imagefolder",
+            dataset_name="held-out photographs of the training run",
+            metric_type=hub_name,
+            metric_value=float(scores[name]),
+            metric_name=_with_interval(name, scores),
+        )
+        for name, hub_name in HUB_NAMES.items()
+        if scores.get(name) is not None
+    ]
+    data = ModelCardData(
+        license=licence,
+        library_name="timm",
+        pipeline_tag="image-classification",
+        tags=["image-classification", "timm", "transformers", "vitft"],
+        base_model=_base_model(card),
+        model_name=escape(_title(card)),
+        eval_results=results or None,
+    )
+    return f"---\n{data.to_yaml()}\n---\n"
+
+
+def _with_interval(name: str, scores: Mapping[str, Any]) -> str:
+    found = scores.get(f"{name}_interval")
+    low_high = f", 95 % interval {found['low']:.3f} to {found['high']:.3f}" if found else ""
+    return f"{WORDS[name]} (n={scores.get('n', '?')}{low_high})"
+
+
+def _metrics(run: Path | None) -> dict[str, Any]:
+    try:
+        found = json.loads((run / "metrics.json").read_text("utf-8")) if run else {}
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _scores(card: Card, told: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    for split in ("test", "val"):
+        if isinstance(told.get(split), dict):
+            return split, told[split]
+    return str(card.metrics.get("split", "")), dict(card.metrics)
+
+
+def _recipe(card: Card) -> recipe.Recipe | None:
+    try:
+        return recipe.parse(card.recipe, "the model's Card") if card.recipe else None
+    except VitftError:  # of another version of vitft
+        return None
+
+
+def _title(card: Card) -> str:
+    spec = _recipe(card)
+    return spec.name if spec is not None and spec.name else card.architecture
+
+
+def _base_model(card: Card) -> str | None:
+    """The hub's name of the starting weights; None where they are no hub's."""
+    spec = _recipe(card)
+    if spec is None or spec.model.weights in ("none", "bundled"):
+        return None
+    try:
+        return model.hub_repository(spec.model) or None
+    except (VitftError, LookupError):
+        return None
+
+
+def _results(split: str, scores: Mapping[str, Any]) -> Iterator[str]:
+    if not scores:
+        yield "Nothing was measured."
+        return
+    once = ", which also chose the model and so flatter it" if split == "val" else ""
+    n = scores.get("n", "?")
+    yield f"On {n} photographs of the {split} split{once}:"
+    yield "\n| number | value | 95 % interval |\n|---|---|---|"
+    for name, word in WORDS.items():
+        value, found = scores.get(name), scores.get(f"{name}_interval")
+        if value is not None:
+            low_high = f"{found['low']:.3f} to {found['high']:.3f}" if found else "not measured"
+            yield f"| {word} | {value:.3f} | {low_high} |"
+    rows = [r for r in scores.get("per_class", []) if isinstance(r, dict)][:SHOWN]
+    if rows:
+        yield "\n| class | recall | precision | photographs |\n|---|---|---|---|"
+    for row in rows:
+        recall, precision = (_number(row.get(key)) for key in ("recall", "precision"))
+        yield f"| {_plain(row.get('name'))} | {recall} | {precision} | {row.get('support')} |"
+
+
+def _number(value: object) -> str:
+    return f"{value:.3f}" if isinstance(value, int | float) else "-"
+
+
+def _temperature(card: Card) -> Iterator[str]:
+    if card.temperature is None:
+        yield "No temperature was fitted: the probabilities are the plain softmax."
+        return
+    yield (
+        f"Calibration: a temperature of {card.temperature:.4f} was fitted on the validation split. "
+        "It is **not applied** in this format, since timm and transformers take the plain softmax; "
+        "divide the logits by it before the softmax to get the calibrated probabilities. "
+        "vitft's own predict and its ONNX and pt2 exports apply it."
+    )
+
+
+def _limits(card: Card, split: str, scores: Mapping[str, Any]) -> Iterator[str]:
+    yield (
+        "For photographs like those it was trained on, to be named with one of its "
+        f"{len(card.classes):,} classes. It knows no others: whatever it is shown, it names one of "
+        "them."
+    )
+    yield ""
+    yield f"- The numbers above hold for pictures from the source of the {split or 'test'} split."
+    n = scores.get("n")
+    if isinstance(n, int) and n < 200:
+        yield f"- They rest on {n} photographs only; their intervals are wide."
+    yield "- It was not tested for medical, legal or safety decisions; do not use it there."
+
+
+def _data(card: Card, told: Mapping[str, Any]) -> Iterator[str]:
+    counts = (told.get("ledger") or {}).get("counts") or {}
+    if counts:
+        yield "| class | train | val | test |\n|---|---|---|---|"
+        for name, row in list(counts.items())[:SHOWN]:
+            cells = " | ".join(str(row.get(s, 0)) for s in ("train", "val", "test"))
+            yield f"| {_plain(name)} | {cells} |"
+        ledger = told["ledger"]
+        yield f"\n{ledger.get('used')} photographs of {ledger.get('found')} found were used."
+    else:
+        names = ", ".join(_plain(c) for c in card.classes[:SHOWN])
+        yield f"Classes: {names}{', ...' if len(card.classes) > SHOWN else ''}."
+    if "data" in card.hashes:
+        yield f"\nsha256 over photographs, labels and split: `{_plain(card.hashes['data'])}`."
+
+
+def _licence(licence: str) -> str:
+    if licence == "unknown":
+        return "Not stated by who exported it; ask before you use it."
+    return f"{_plain(licence)}, as stated by who exported it."
+
+
+def _plain(text: object) -> str:
+    """Text from anyone, as nothing but text in Markdown and HTML."""
+    safe = html.escape(escape(text), quote=False)
+    return "".join(f"\\{c}" if c in "\\`*_[]|#!~" else c for c in safe)
