@@ -18,7 +18,7 @@ FLOORS = (
     "suspects",
     "console images weights checkpoint gallery sources unpack",
     # data, models and arrays
-    "fetch store contents assign loaders vit model maps train sections cli",
+    "fetch store contents assign loaders vit model maps train sections cli answers",
     "probe audit curve graph twin card",
     "data features product offline report compare cache hubpage",
     # a whole run

@@ -1,58 +1,47 @@
 """The second door: a model file and photographs in, names and probabilities out.
 
-    python -m vitft.predict MODEL IMAGE_OR_FOLDER... [--csv FILE] [--top K]
+    python -m vitft.predict MODEL IMAGE_OR_FOLDER... [-o answers.csv|.jsonl|.parquet] [--top K]
 
 It needs nothing but the model: class names, decoding rules, preprocessing and temperature are in
 the file's header. Every file named or listed gets one row; an unreadable one says why, and the exit
 code is then 3. Batches have the one shape that a run's own evaluation uses, so that the run's test
-photographs get the run's own probabilities.
+photographs get the run's own probabilities. An interrupted prediction goes on where it stopped when
+the same command is given again (`vitft.answers`).
 """
 
 import argparse
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vitft import console, images, io, product, stats
+from vitft import answers, console, images, io, product, stats
+from vitft.answers import Answer as Answer
+from vitft.answers import Output
+from vitft.answers import top as top
 from vitft.console import say, track
 from vitft.doubt import Foreign
-from vitft.encode import csv_cell
-from vitft.errors import DataError, Fault, WeightsError, escape
+from vitft.errors import DataError, Fault, RecipeError, WeightsError, escape
 from vitft.evaluate import fixed_batch, in_fixed_shape
 from vitft.features import backbone_of
 from vitft.folders import EXTENSIONS
 from vitft.images import BadImage, DecodeSpec
 from vitft.inputs import TransformSpec, normalise, pixels
+from vitft.kernels import fast_linear
 from vitft.model import classifier
 from vitft.prepare import pick_device
 
-
-@dataclass(frozen=True)
-class Answer:
-    """What the model says of one file.
-
-    Attributes:
-        path: As listed.
-        probabilities: [C] float64 summing to 1, or None where the file could not be read.
-        sure: False where the run's threshold says that a person should look.
-        foreign: Whether the picture is unlike everything in training; None where not known.
-        error: "" or the fault's id and text.
-    """
-
-    path: Path
-    probabilities: NDArray[np.float64] | None
-    sure: bool = True
-    foreign: bool | None = None
-    error: str = ""
+AHEAD = 2  # batches that are read while one is computed
 
 
 class Predictor:
@@ -71,16 +60,28 @@ class Predictor:
         self.transform: TransformSpec = product.transform_of(self.card)
         self._pixels = pixels(self.transform)
         self._foreign = _foreign(path, self.net)
+        self._singles, self._unpadded = 0, False
         self._threshold = float((self.card.extras.get("abstain") or {}).get("threshold") or 0.0)
 
-    def __call__(self, files: Sequence[Path]) -> Iterator[Answer]:
-        """One answer per file, in their order; memory does not grow with their number."""
+    def __call__(self, files: Iterable[Path]) -> Iterator[Answer]:
+        """One answer per file, in their order; memory does not grow with their number.
+
+        The next batches are read by all cores while one is computed.
+        """
         workers = max(1, (os.cpu_count() or 1) - 1)
-        with ThreadPoolExecutor(workers) as pool:
-            size = fixed_batch(self.device)
-            for start in range(0, len(files), size):
-                chunk = files[start : start + size]
-                yield from self._answers(chunk, list(pool.map(self._read, chunk)))
+        size, left = fixed_batch(self.device), iter(files)
+        waiting: deque[tuple[list[Path], list[Future[Tensor | BadImage]]]] = deque()
+        pool = ThreadPoolExecutor(workers)
+        try:
+            while True:
+                while len(waiting) <= AHEAD and (chunk := list(islice(left, size))):
+                    waiting.append((chunk, [pool.submit(self._read, path) for path in chunk]))
+                if not waiting:
+                    return
+                chunk, futures = waiting.popleft()
+                yield from self._answers(chunk, [future.result() for future in futures])
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _read(self, path: Path) -> Tensor | BadImage:
         try:
@@ -103,15 +104,43 @@ class Predictor:
         """Uint8 [n, 3, S, S] -> n times ([C], foreign), in the fixed batch."""
         x = normalise(pictures.to(self.device), self.transform)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            if self._foreign is None:
-                logits = in_fixed_shape(self.net, x).float()
-                foreign: list[bool | None] = [None] * len(x)
-            else:
-                rows = in_fixed_shape(backbone_of(self.net), x).float()  # [n, D]
-                logits = in_fixed_shape(classifier(self.net), rows).float()
-                foreign = self._foreign.is_foreign(rows.cpu().numpy()).tolist()
+            rows, logits = self._single(x) if len(x) == 1 else self._batch(x)
+        foreign: list[bool | None] = [None] * len(x)
+        if self._foreign is not None and rows is not None:
+            foreign = self._foreign.is_foreign(rows.cpu().numpy()).tolist()
         p = stats.softmax(logits.cpu().numpy(), self.card.temperature or 1.0)
         return list(zip(p, foreign, strict=True))
+
+    def _batch(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Features [n, D] where they are needed, and logits [n, C], in the fixed shape."""
+        if self._foreign is None:
+            return None, in_fixed_shape(self.net, x).float()
+        rows = in_fixed_shape(backbone_of(self.net), x).float()
+        return rows, in_fixed_shape(classifier(self.net), rows).float()
+
+    def _single(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
+        """One picture without the padding, if that is proven to give the same bits here.
+
+        The first picture goes the padded way. With the second, both ways are taken for it and its
+        mirror image; whether all bits agree depends on the kernels that model, shape and threads
+        select, not on the picture.
+        """
+        self._singles += 1
+        if self._singles == 2 and isinstance(cast(Any, self.net).get_classifier(), nn.Linear):
+            pair = torch.cat([x, x.flip(3)])
+            rows, logits = self._batch(pair)
+            alone = [self._alone(one) for one in (pair[:1], pair[1:])]
+            same = torch.equal(torch.cat([b for _, b in alone]), logits)
+            same &= rows is None or torch.equal(torch.cat([a for a, _ in alone]), rows)
+            self._unpadded = bool(same)
+            return None if rows is None else rows[:1], logits[:1]
+        return self._alone(x) if self._unpadded else self._batch(x)
+
+    def _alone(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[1, 3, S, S] through the backbone as it is, and through the head in the fixed shape."""
+        with fast_linear(x.device, heads=True):
+            rows = backbone_of(self.net)(x).float()
+        return rows, in_fixed_shape(classifier(self.net), rows).float()
 
 
 def _foreign(path: Path, net: nn.Module) -> Foreign | None:
@@ -133,8 +162,10 @@ def _foreign(path: Path, net: nn.Module) -> Foreign | None:
     return foreign
 
 
-def list_files(inputs: Sequence[Path]) -> list[Path]:
+def list_files(inputs: Sequence[Path]) -> list[str]:
     """Files as given, folders searched for photographs, hidden files left out; sorted per folder.
+
+    They come as text, since a list of a hundred thousand Paths takes memory.
 
     Raises:
         DataError: `data.root_missing` for each input that is not there, `data.not_a_file` for
@@ -143,9 +174,9 @@ def list_files(inputs: Sequence[Path]) -> list[Path]:
     missing = [p for p in inputs if not os.path.lexists(p)]
     if missing:
         raise DataError([_absent(str(p)) for p in missing])
-    out: list[Path] = []
+    out: list[str] = []
     for given in inputs:
-        out += _walk(given) if given.is_dir() else [given]
+        out += _walk(given) if given.is_dir() else [str(given)]
     return out
 
 
@@ -160,60 +191,22 @@ def _absent(given: str) -> Fault:
     return Fault("data.not_a_file", given, text, fix)
 
 
-def _walk(folder: Path) -> list[Path]:
+def _walk(folder: Path) -> list[str]:
     def refuse(error: OSError) -> None:
         text = f"cannot be listed ({error.strerror})"
         raise DataError.of("data.unreadable_folder", error.filename, text, "allow reading it")
 
     found, other = [], 0
-    for top, folders, names in os.walk(folder, onerror=refuse):
+    for parent, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = sorted(d for d in folders if not d.startswith((".", "__MACOSX")))
         for name in sorted(names):
             if name.startswith(".") or not name.lower().endswith(EXTENSIONS):
                 other += 1
             else:
-                found.append(Path(top) / name)
+                found.append(str(Path(parent) / name))
     if other:
         say(f"{folder}: {other:,} files are not photographs by name and were left out")
     return found
-
-
-def top(answer: Answer, classes: Sequence[str], k: int) -> list[tuple[str, float]]:
-    """The k likeliest classes, the likeliest first; ties in the order of the classes."""
-    if answer.probabilities is None:
-        return []
-    order = np.argsort(-answer.probabilities, kind="stable")[:k]
-    return [(classes[i], float(answer.probabilities[i])) for i in order]
-
-
-def write_csv(
-    file: Path, answers: Sequence[Answer], classes: Sequence[str], *, safe: bool = False
-) -> None:
-    """Columns path, prediction, confidence, sure, foreign, error, p:<class>; one row per file.
-
-    Args:
-        file: Replaced whole.
-        answers: In their order.
-        classes: Names in the order of the probabilities.
-        safe: Text that a spreadsheet would compute starts with `'`.
-    """
-    header = ["path", "prediction", "confidence", "sure", "foreign", "error"]
-    header += [f"p:{c}" for c in classes]
-
-    def row(a: Answer) -> list[object]:
-        path = csv_cell(str(a.path), safe)
-        if a.probabilities is None:
-            return [path, "", "", "", "", a.error, *[""] * len(classes)]
-        name, p = top(a, classes, 1)[0]
-        foreign = "" if a.foreign is None else _yes(a.foreign)
-        name = csv_cell(name, safe)
-        return [path, name, p, _yes(a.sure), foreign, "", *a.probabilities.tolist()]
-
-    io.write_csv(file, header, map(row, answers))
-
-
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"
 
 
 def told(answer: Answer, classes: Sequence[str], k: int) -> str:
@@ -231,7 +224,15 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="vitft predict", description="Names what photographs show.")
     p.add_argument("model", type=Path, metavar="MODEL", help="run folder or model.safetensors")
     p.add_argument("inputs", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER")
-    p.add_argument("--csv", type=Path, metavar="FILE", help="write every probability here")
+    p.add_argument(
+        "-o",
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="every probability, as .csv, .jsonl, .parquet",
+    )
+    p.add_argument("--csv", type=Path, metavar="FILE", help="the same as CSV, whatever its name")
+    p.add_argument("--restart", action="store_true", help="do not go on with an interrupted output")
     p.add_argument("--csv-safe", action="store_true", help="disarm text that looks like a formula")
     p.add_argument("--top", type=int, default=3, metavar="K", help="classes shown (default 3)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
@@ -242,18 +243,68 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prints one line per file; exit code 3 if any could not be read."""
     args = parser().parse_args(argv)
     console.setup()
+    out = _target(args)
     predictor = Predictor(args.model, args.device)
     files = list_files(args.inputs)
     classes = predictor.card.classes
-    answers = []
-    for answer in track(predictor(files), len(files), "predict"):
-        answers.append(answer)
+
+    def show(answer: Answer) -> None:
         print(told(answer, classes, args.top))  # noqa: T201
-    if args.csv:
-        write_csv(args.csv, answers, classes, safe=args.csv_safe)
-    bad = sum(1 for a in answers if a.error)
-    say(f"{len(answers) - bad:,} of {len(answers):,} files answered, {bad:,} unreadable")
-    return 3 if bad else 0
+
+    if out is not None:
+        target = Output(*out, classes, args.csv_safe)
+        identity = _identity(args.model, predictor.device)
+        counts = answers.write(target, files, predictor, identity, restart=args.restart, show=show)
+    else:
+        counts = Counter()
+        for answer in track(predictor(map(Path, files)), len(files), "predict"):
+            counts[answer.fault] += 1
+            show(answer)
+    return _ended(counts)
+
+
+def _ended(counts: Counter[str]) -> int:
+    """Says how many files had which fault; 3 if any."""
+    faults = {id: n for id, n in sorted(counts.items()) if id}
+    bad = sum(faults.values())
+    told = f" ({', '.join(f'{id} {n:,}' for id, n in faults.items())})" if bad else ""
+    total = counts.total()
+    say(f"{total - bad:,} of {total:,} files answered, {bad:,} unreadable{told}")
+    return DataError.exit_code if bad else 0
+
+
+def _target(args: argparse.Namespace) -> tuple[Path, str] | None:
+    """The output and its format.
+
+    Raises:
+        RecipeError: `predict.output`.
+    """
+    if args.out is not None and args.csv is not None:
+        text = f"both name an output: {args.out} and {args.csv}"
+        raise RecipeError.of("predict.output", "-o, --csv", text, "leave one of them out")
+    if args.csv is not None:
+        return args.csv, "csv"
+    if args.out is None:
+        return None
+    kind = args.out.suffix.lower().removeprefix(".")
+    if kind not in answers.FORMATS:
+        text = f"{args.out} must end in .csv, .jsonl or .parquet"
+        raise RecipeError.of("predict.output", "-o", text, "give it one of these endings")
+    answers.require_packages(kind)
+    return args.out, kind
+
+
+def _identity(model: Path, device: torch.device) -> dict[str, object]:
+    """What must not change between the parts of one output."""
+    file = product.find_file(model)
+    tables = file.with_name(product.TABLES)
+    return {
+        "model": io.sha256_file(file),
+        "tables": io.sha256_file(tables) if tables.is_file() else None,
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
 
 
 if __name__ == "__main__":
