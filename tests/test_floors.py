@@ -22,7 +22,7 @@ FLOORS = (
     "probe audit curve graph twin card",
     "data features product offline report compare cache hubpage",
     # a whole run
-    "prepare proof",
+    "prepare proof near",
     "boundary",
     "learn explain",
     "findings ladder",

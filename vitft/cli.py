@@ -42,6 +42,7 @@ COMMANDS = {
     "compare": "say whether one run is better than another, and how surely",
     "verify": "hash and predict a finished run again; say what changed",
     "explain": "draw what a model looks at",
+    "demo": "try a model in the browser, on this computer only",
     "export": "write a model as ONNX, torch.export, timm or Hugging Face folder, and check it",
     "weights": "say what a weights file is, and which model it fits",
     "cache": "show or clear the cached features",

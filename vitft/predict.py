@@ -23,6 +23,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 
 from vitft import answers, console, images, io, product, stats
@@ -82,6 +83,19 @@ class Predictor:
                 yield from self._answers(chunk, [future.result() for future in futures])
         finally:
             pool.shutdown(cancel_futures=True)
+
+    def of_picture(self, picture: Image.Image, name: str = "picture") -> Answer:
+        """The answer to one picture from `vitft.images.decode`."""
+        ((p, foreign),) = self._probabilities(self._pixels(picture).unsqueeze(0))
+        return Answer(Path(name), p, bool(p.max() >= self._threshold), foreign)
+
+    @torch.inference_mode()
+    def features(self, picture: Image.Image) -> NDArray[np.float32]:
+        """What the head reads of one picture, [D], as features are computed for the cache."""
+        x = normalise(self._pixels(picture).unsqueeze(0).to(self.device), self.transform)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            rows = in_fixed_shape(backbone_of(self.net), x).float()
+        return np.asarray(rows[0].cpu().numpy())
 
     def _read(self, path: Path) -> Tensor | BadImage:
         try:
@@ -214,9 +228,13 @@ def told(answer: Answer, classes: Sequence[str], k: int) -> str:
     if answer.probabilities is None:
         return f"{escape(answer.path)}: error {escape(answer.error)}"
     said = ", ".join(f"{escape(c)} {p:.1%}" for c, p in top(answer, classes, k))
-    doubts = [] if answer.sure else ["I don't know: below the run's threshold"]
-    doubts += ["unlike the training pictures"] if answer.foreign else []
-    return f"{escape(answer.path)}: {said}" + "".join(f" ({d})" for d in doubts)
+    return f"{escape(answer.path)}: {said}" + "".join(f" ({d})" for d in doubts(answer))
+
+
+def doubts(answer: Answer) -> list[str]:
+    """Why a person should look, in words."""
+    out = [] if answer.sure else ["I don't know: below the run's threshold"]
+    return out + (["unlike the training pictures"] if answer.foreign else [])
 
 
 def parser() -> argparse.ArgumentParser:
