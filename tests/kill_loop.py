@@ -14,11 +14,15 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from standalone import io
+
+from vitft import contents
+from vitft.images import DecodeSpec, Header
 
 SIZE = 60_000  # numbers per tensor
 
@@ -113,6 +117,46 @@ def read_report(folder: Path) -> int:
     return same({int(line) for line in text.splitlines()})
 
 
+def write_index(folder: Path, step: int) -> None:
+    """A scan that met one new picture, as `contents` remembers it."""
+    with cache_in(folder):
+        memory = contents._Memory(DecodeSpec(), deep=False)
+        memory.met = {name: verdict(step) for name in ("newest", f"picture {step}")}
+        memory.known = {}  # another scan's memory: what stands on disk is read again
+        memory.save()
+
+
+def read_index(folder: Path) -> int:
+    """A scan takes a damaged cache for an empty one; here that is a loss."""
+    files = list((folder / "verdicts").glob("*.json")) if (folder / "verdicts").exists() else []
+    if not files:
+        return -1
+    found = {name: v.header.width for name, v in contents.load_verdicts(files[0]).items()}
+    if not found:
+        raise ValueError(f"{files[0]} is damaged")
+    newest = found.pop("newest")
+    want = {f"picture {step}": step for step in range(newest + 1)}
+    if found != want:
+        raise Mixed(sorted(set(found) ^ set(want))[:5])
+    return newest
+
+
+def verdict(step: int) -> contents.Verdict:
+    return contents.Verdict(Header("JPEG", "RGB", step, step, 1, 0, False, False, 8))
+
+
+@contextmanager
+def cache_in(folder: Path) -> Iterator[None]:
+    before = os.environ.pop("VITFT_CACHE", None)
+    os.environ["VITFT_CACHE"] = str(folder)
+    try:
+        yield
+    finally:
+        del os.environ["VITFT_CACHE"]
+        if before is not None:
+            os.environ["VITFT_CACHE"] = before
+
+
 def write_in_place(folder: Path, step: int) -> None:
     """What the door exists to prevent; without its losses the test would have no teeth."""
     (folder / "report.html").write_text(f"{step:09d}\n" * 500_000)
@@ -145,6 +189,7 @@ ARTEFACTS: dict[str, tuple[Callable[[Path, int], None], Callable[[Path], int]]] 
     "metrics": (write_metrics, read_metrics),
     "trimmed_metrics": (write_trimmed, read_trimmed),
     "report": (write_report, read_report),
+    "index": (write_index, read_index),
     "in_place": (write_in_place, read_in_place),
 }
 

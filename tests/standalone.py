@@ -7,6 +7,7 @@ from pathlib import Path
 if "vitft" not in sys.modules:
     package = types.ModuleType("vitft")
     package.__path__ = [str(Path(__file__).resolve().parents[1] / "vitft")]
+    package.__version__ = "alone"
     sys.modules["vitft"] = package
 
 from vitft import io as io

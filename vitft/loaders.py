@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from vitft import images
+from vitft.console import warn
 from vitft.errors import DataError, Fault, MachineError, VitftError
 from vitft.images import DecodeSpec
 from vitft.inputs import (
@@ -242,13 +244,43 @@ class Batches:
     # -- from the workers --
 
     def _host_batches(self) -> Iterator[Batch]:
-        """uint8 [B, 3, S, S], labels, rows, in host memory; errors of workers raised here."""
+        """uint8 [B, 3, S, S], labels, rows, in host memory; errors of workers raised here.
+
+        A death of workers is outlived once an epoch: what they had in hand is made again in this
+        process, to the same bits, and new workers go on behind it.
+        """
         self._start()
-        while (item := self._next()) is not None:
-            if isinstance(item, VitftError):
-                self.close()
-                raise item
-            yield item
+        done, outlived = 0, False
+        while True:
+            try:
+                item = self._next()
+            except MachineError as error:
+                if outlived or error.faults[0].id != "env.worker_died":
+                    raise
+                warn(f"{error.faults[0].text}; trying these batches once more without workers")
+                outlived = True
+            else:
+                if item is None:
+                    return
+                done += 1
+                yield self._sound(item)
+                continue
+            yield from self._without_workers(done)
+            self._start()
+
+    def _sound(self, item: "Batch | VitftError") -> Batch:
+        if isinstance(item, VitftError):
+            self.close()
+            raise item
+        return item
+
+    def _without_workers(self, done: int) -> Iterator[Batch]:
+        """The batches that dead workers may have had in hand, behind `done` steps of the plan."""
+        self._steps.skip(done)
+        tasks = _Tasks(self.photos, self._busy)
+        for keys in islice(self._steps, PREFETCH * self.workers):
+            yield self._sound(_collate([tasks[key] for key in keys]))
+        self._steps.skip(PREFETCH * self.workers)
 
     def _start(self) -> None:
         with _quiet_sigchld():
@@ -284,7 +316,7 @@ class Batches:
             failure = None
             try:
                 return next(self._iterator, None)
-            except RuntimeError as error:
+            except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
                 waited = time.monotonic() - started
                 if "timed out" not in str(error) or waited >= self.timeout:
                     failure = self._failure(error, waited)
@@ -294,7 +326,7 @@ class Batches:
                 self.close()  # here, where torch's error and what hangs on it are gone
                 raise failure
 
-    def _failure(self, error: RuntimeError, waited: float) -> MachineError | None:
+    def _failure(self, error: Exception, waited: float) -> MachineError | None:
         """torch's complaint about its workers, with the files they held in hand."""
         held = [str(self.photos.files[row]) for row in self._busy.tolist() if row >= 0]
         files = ", ".join(held) or "no file"
@@ -302,8 +334,11 @@ class Batches:
             text = f"no batch for {waited:.0f} s; the loader's workers are reading {files}"
             fix = "look at the disk or network share of these files, or set train.workers: 0"
             return MachineError([Fault("env.worker_hangs", "train.workers", text, fix)])
-        if re.search(r"DataLoader worker .* (exited|killed)", str(error)):
-            text = f"{error}; the workers held {files}{_shared_memory()}"
+        # a batch is fetched through a socket of its worker, which may have died since
+        unfetched = not isinstance(error, RuntimeError) or "ancillary" in str(error)
+        if unfetched or re.search(r"DataLoader worker .* (exited|killed)", str(error)):
+            died = "a worker exited unexpectedly before its batch was fetched"
+            text = f"{died if unfetched else error}; the workers held {files}{_shared_memory()}"
             fix = "look for an out-of-memory kill, lower train.batch_size, or set train.workers: 0"
             return MachineError([Fault("env.worker_died", "train.workers", text, fix)])
         return None
@@ -392,6 +427,11 @@ class _Steps:
 
     def plan(self, epoch: int, order: NDArray[np.int64], size: int, steps: range) -> None:
         self._plan = epoch, order, size, steps
+
+    def skip(self, count: int) -> None:
+        """Leaves out the first steps of the plan."""
+        epoch, order, size, steps = self._plan
+        self._plan = epoch, order, size, steps[count:]
 
     def __len__(self) -> int:
         return len(self._plan[3])
