@@ -253,3 +253,15 @@ def test_a_model_without_a_twin_in_timm_is_sent_to_another_format(pictures, tmp_
     with pytest.raises(RecipeError, match=r"export.as_timm(.|\n)*export it as onnx or pt2"):
         export.export(made, tmp_path / "out", Order("hf"), given(pictures))
     assert export.export(made, tmp_path / "out", Order("pt2"), given(pictures)).good
+
+
+def test_a_card_that_cannot_be_is_refused_by_the_selftest(made, pictures, tmp_path):
+    out = tmp_path / "out"
+    export.export(made, out, Order("timm"), given(pictures))
+    told = json.loads((out / "export.json").read_text())
+    told["card"]["transform"]["size"] = [10**6, 10**6]
+    (out / "export.json").write_text(json.dumps(told))
+    (out / io.MANIFEST).unlink()
+    io._seal(out)
+    with pytest.raises(WeightsError, match=r"export.unreadable.*size \(1000000, 1000000\)"):
+        selftest(out)

@@ -23,7 +23,7 @@ FLOORS = (
     "data features product offline report compare cache hubpage",
     # a whole run
     "prepare proof near",
-    "boundary",
+    "boundary variants",
     "learn explain",
     "findings ladder",
     "chapters",

@@ -92,7 +92,15 @@ def read(file: Path) -> Card:
         WeightsError: `ckpt.no_card`: none, or too large; `ckpt.newer`; `ckpt.card`: values that
             cannot be, all of them. Also as `vitft.weights.read_metadata`.
     """
-    text = weights.read_metadata(file).get(KEY, "")
+    return parse(weights.read_metadata(file).get(KEY, ""), file)
+
+
+def parse(text: str, file: Path) -> Card:
+    """The Card of a text from `file`, every value checked.
+
+    Raises:
+        WeightsError: As `read`.
+    """
     if not text or len(text) > LIMIT:
         said = f"{len(text):,} characters, at most {LIMIT:,}" if text else "none"
         what = f"its header does not say classes and preprocessing (a Card of {said})"

@@ -17,10 +17,8 @@ PyTorch's, or not at all.
 
 import argparse
 import json
-import statistics
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -30,21 +28,19 @@ import timm
 import torch
 from torch import nn
 
-from vitft import console, encode, graph, hubpage, io, product, proof
+from vitft import card as cards
+from vitft import console, encode, graph, hubpage, io, product, proof, variants
 from vitft.card import Card
 from vitft.console import say
 from vitft.errors import Fault, RecipeError, VitftError, WeightsError, escape
 from vitft.graph import Deployed, Runner
 from vitft.inputs import InputConfig, TransformSpec, normalise
 from vitft.proof import Agreement, Evidence
-from vitft.stats import wilson
 
 FORMATS = ("onnx", "pt2", "hf", "timm")
 GRAPHS = {"onnx": "model.onnx", "pt2": "model.pt2"}
 ABOUT = "export.json"
-VARIANTS = "variants.json"
 LIMIT = 1000  # photographs compared, unless told
-ROUNDS = 5  # of a timing
 
 
 @dataclass(frozen=True)
@@ -64,25 +60,6 @@ class Order:
     variants: bool = False
     licence: str = "unknown"
     private: bool = False
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One precision, measured.
-
-    Attributes:
-        name: Such as `int8`.
-        megabytes: Of the file; None for PyTorch.
-        agreement: With the model in PyTorch.
-        ms_one: Milliseconds for one image, median.
-        per_second: Images in batches of 32, median.
-    """
-
-    name: str
-    megabytes: float | None
-    agreement: Agreement
-    ms_one: float
-    per_second: float
 
 
 def export(model: Path, out: Path, order: Order, evidence: Evidence) -> Agreement:
@@ -111,7 +88,14 @@ def export(model: Path, out: Path, order: Order, evidence: Evidence) -> Agreemen
             answers, _ = proof.compare(net, card, evidence, [])
         proof.write_golden(staged, card, evidence, answers)
         if order.variants:
-            _write_variants(net, card, staged, order, evidence)
+            variants.write(
+                net,
+                card,
+                staged / GRAPHS["onnx"],
+                evidence,
+                uint8=order.uint8,
+                metadata=_metadata(card, order),
+            )
         _last_look(staged, card, runner, out)
     return found
 
@@ -241,6 +225,9 @@ def _last_look(folder: Path, card: Card, runner: Runner, out: Path) -> None:
 def selftest(folder: Path) -> tuple[list[str], bool]:
     """Loads an export and asks it about its golden images.
 
+    Its values are checked; that onnxruntime and torch.export open a hostile graph safely is
+    theirs to promise, so name only folders from whom you trust.
+
     Returns:
         One line per image, and whether all hold.
 
@@ -253,8 +240,8 @@ def selftest(folder: Path) -> tuple[list[str], bool]:
     try:
         told = json.loads((folder / ABOUT).read_text("utf-8"))
         format, uint8 = str(told["format"]), bool(told["uint8"])
-        card = product.Card(**told["card"] | {"classes": tuple(told["card"]["classes"])})
-        product.transform_of(card), product.decode_of(card), FORMATS.index(format)
+        FORMATS.index(format)
+        card = cards.parse(json.dumps(told["card"]), folder / ABOUT)
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         text = f"cannot be read ({type(error).__name__}: {str(error)[:200]})"
         fix = "name a folder that vitft.export wrote"
@@ -263,87 +250,6 @@ def selftest(folder: Path) -> tuple[list[str], bool]:
     return [f"{'same   ' if good else 'DIFFERS'} {text}" for text, good in found], all(
         good for _, good in found
     )
-
-
-# --- variants ------------------------------------------------------------------------------------
-
-
-def _write_variants(
-    net: nn.Module, card: Card, folder: Path, order: Order, evidence: Evidence
-) -> None:
-    """float16 and int8 beside the ONNX file, and what they cost and gain."""
-    transform, temperature = product.transform_of(card), card.temperature or 1.0
-    half = Deployed(net, transform, temperature, uint8=order.uint8, half=True)
-    files = {name: folder / f"model.{name}.onnx" for name in ("float16", "int8")}
-    graph.write_onnx(half, transform, files["float16"], _metadata(card, order))
-    graph.quantise(folder / GRAPHS["onnx"], files["int8"])
-    files = {"float32": folder / GRAPHS["onnx"]} | files
-    runners = {n: graph.open_onnx(f, transform, uint8=order.uint8) for n, f in files.items()}
-    runners = {"PyTorch": _torch_runner(net, card)} | runners
-    _, found = proof.compare(net, card, evidence, list(runners.values()))
-    speeds = _speeds(list(runners.values()), transform)
-    rows = [
-        Variant(name, _megabytes(files.get(name)), agreement, *speed)
-        for name, agreement, speed in zip(runners, found, speeds, strict=True)
-    ]
-    io.write_json(folder / VARIANTS, {"photographs": evidence.what, "variants": rows})
-
-
-def _megabytes(file: Path | None) -> float | None:
-    return None if file is None else file.stat().st_size / 1e6
-
-
-def _torch_runner(net: nn.Module, card: Card) -> Runner:
-    def run(pixels: torch.Tensor) -> tuple[graph.Floats, graph.Floats]:
-        with torch.inference_mode():
-            logits = net(normalise(pixels, product.transform_of(card)))
-        return logits.numpy(), (logits / (card.temperature or 1.0)).softmax(dim=1).numpy()
-
-    return run
-
-
-def _speeds(runners: list[Runner], transform: TransformSpec) -> list[tuple[float, float]]:
-    """Milliseconds for one image and images per second in batches of 32; ways take turns."""
-    one = torch.randint(0, 256, (1, 3, *transform.size), dtype=torch.uint8)
-    many = one.expand(32, -1, -1, -1).contiguous()
-    times: list[tuple[list[float], list[float]]] = [([], []) for _ in runners]
-    for _ in range(ROUNDS):
-        for runner, (single, batch) in zip(runners, times, strict=True):
-            runner(one)
-            single.append(_seconds(lambda run=runner: run(one)))  # type: ignore[misc]
-            batch.append(_seconds(lambda run=runner: run(many)))  # type: ignore[misc]
-    return [(1e3 * statistics.median(a), 32 / statistics.median(b)) for a, b in times]
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
-
-
-def table(folder: Path) -> list[str]:
-    """variants.json for people."""
-    told: Mapping[str, Any] = json.loads((folder / VARIANTS).read_text("utf-8"))
-    lines = [
-        f"{'variant':<9} {'MB':>7} {'accuracy':>25} {'alike':>9} {'largest diff':>12} "
-        f"{'ms for 1':>9} {'images/s':>9}"
-    ]
-    for row in told["variants"]:
-        a = row["agreement"]
-        size = "-" if row["megabytes"] is None else f"{row['megabytes']:.1f}"
-        lines.append(
-            f"{row['name']:<9} {size:>7} {_accuracy(a):>25} {a['same']:>4}/{a['n']:<4} "
-            f"{a['probability']:>12.1e} {row['ms_one']:>9.1f} {row['per_second']:>9.1f}"
-        )
-    return lines
-
-
-def _accuracy(agreement: Mapping[str, Any]) -> str:
-    right, n = agreement["right"], agreement["n"]
-    if right is None:
-        return "labels not known"
-    bounds = wilson(right, n)
-    return f"{right / n:.1%} [{100 * bounds.low:.1f}, {100 * bounds.high:.1f}]"
 
 
 # --- the command line ----------------------------------------------------------------------------
@@ -383,7 +289,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     say(f"comparing on {evidence.what}")
     found = export(args.model, args.out, order, evidence)
     say(found.line())
-    for line in table(args.out) if args.variants else []:
+    for line in variants.table(args.out) if args.variants else []:
         print(line)  # noqa: T201
     print(args.out)  # noqa: T201
     return 0
