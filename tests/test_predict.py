@@ -134,7 +134,7 @@ def test_an_interrupted_prediction_goes_on_and_equals_an_undisturbed_one(
         with pytest.raises(KeyboardInterrupt):
             main([*words, str(cut)])
     assert not cut.exists()
-    capsys.readouterr()
+    assert "stopped after 12 of 23 files; the same command goes on" in capsys.readouterr().err
     read = seen(monkeypatch)
     assert main([*words, str(cut)]) == 3
     assert cut.read_bytes() == whole.read_bytes()

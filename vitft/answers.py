@@ -124,7 +124,12 @@ def write(
     with io.lock(out.parts, "vitft predict"):
         _agree(out, names, identity)
         counts = _taken_over(out, names)
-        _fill(out, names, predict, counts, show)
+        try:
+            _fill(out, names, predict, counts, show)
+        except BaseException:
+            done = sum(c.total() for c in counts.values())
+            say(f"stopped after {done:,} of {len(names):,} files; the same command goes on there")
+            raise
         _merge(out, len(_starts(names)))
     io.remove(out.parts)
     return sum(counts.values(), Counter())
