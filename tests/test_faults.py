@@ -24,7 +24,7 @@ from vitft.errors import MachineError
 TESTS = Path(__file__).resolve().parent
 SAVED = (
     "checkpoint", "product", "product_without_exchange", "export", "metrics", "trimmed_metrics",
-    "report", "index",
+    "report", "index", "answers",
 )  # fmt: skip
 
 

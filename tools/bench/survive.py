@@ -4,7 +4,8 @@
 
 It runs the long forms of the tests, through the functions they are made of, and prints a table. The
 whole takes about half an hour on two cores; `--quick` takes under a minute on an idle machine and
-says less. Exit code 1 if any figure misses its goal.
+says less. `--only` measures some parts again: in FILE they replace the earlier ones, and every part
+keeps the date and commit it was measured at. Exit code 1 if any figure misses its goal.
 """
 
 import argparse
@@ -12,7 +13,6 @@ import importlib
 import json
 import logging
 import os
-import platform
 import random
 import subprocess
 import sys
@@ -20,11 +20,12 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from machine import about
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ROOT / "tests"
@@ -42,6 +43,8 @@ class Figure:
     goal: str
     met: bool
     details: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0  # what measuring it took
+    where: dict[str, Any] = field(default_factory=dict)  # date, commit, machine
 
 
 def test(name: str) -> Any:
@@ -261,62 +264,59 @@ PARTS: dict[str, Callable[[Path, bool], Figure]] = {
 # -- the table ------------------------------------------------------------------------------------
 
 
-def about(quick: bool) -> dict[str, Any]:
-    """Where and when the figures were taken."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "")
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit.stdout.strip(),
-        "machine": f"{cpu or platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
-        "python": platform.python_version(),
-        "torch": version("torch"),
-        "quick": quick,
-    }
+def show(figures: dict[str, Figure]) -> None:
+    print("| what | figure | goal | | date, commit |")
+    print("|---|---|---|---|---|")
+    for f in figures.values():
+        met, form = "met" if f.met else "**missed**", ", quick" if f.where["quick"] else ""
+        when = f"{f.where['date']}, {f.where['commit']}{form}"
+        print(f"| {f.what} | {f.figure} | {f.goal} | {met} | {when} |")
+    print(f"\n{about()['processor']}, {os.cpu_count()} cores")
 
 
-def show(figures: list[Figure], where: dict[str, Any]) -> None:
-    print("| what | figure | goal | |")
-    print("|---|---|---|---|")
-    for f in figures:
-        print(f"| {f.what} | {f.figure} | {f.goal} | {'met' if f.met else '**missed**'} |")
-    form = "short form" if where["quick"] else "long form"
-    print(f"\n{form}, {where['date']}, commit {where['commit']}, {where['machine']}")
+def measure(part: str, home: Path, quick: bool) -> Figure:
+    folder = home / part
+    folder.mkdir()
+    where, started = about() | {"quick": quick}, time.monotonic()
+    figure = PARTS[part](folder, quick)
+    seconds = round(time.monotonic() - started, 1)
+    print(f"{figure.what}: {figure.figure} ({seconds:.0f} s)", file=sys.stderr, flush=True)
+    return replace(figure, seconds=seconds, where=where)
+
+
+def load(path: Path | None) -> dict[str, Figure]:
+    """The parts of an earlier file."""
+    if path is None or not path.exists():
+        return {}
+    parts = json.loads(path.read_text("utf-8"))["parts"]
+    return {part: Figure(**parts[part]) for part in PARTS if part in parts}
+
+
+def save(path: Path, figures: dict[str, Figure]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parts = {part: asdict(figures[part]) for part in PARTS if part in figures}
+    text = json.dumps({"about": about(), "parts": parts}, indent=1, default=str)
+    path.write_text(text + "\n", "utf-8")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a sample of each, under 60 s")
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="measured parts replace its own")
     args = parser.parse_args()
     sys.path[:0] = [str(ROOT), str(TESTS)]
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     logging.getLogger("vitft").setLevel(logging.ERROR)  # what damaged files make it say
-    figures, where = [], about(args.quick)
+    figures, path = load(args.json), args.json and args.json.resolve()
     with tempfile.TemporaryDirectory(prefix="survive-") as name:
         os.environ["VITFT_CACHE"] = str(Path(name, "cache"))
         for part in args.only:
-            folder = Path(name, part)
-            folder.mkdir()
-            started = time.monotonic()
-            figures.append(PARTS[part](folder, args.quick))
-            told = f"{figures[-1].what}: {figures[-1].figure} ({time.monotonic() - started:.0f} s)"
-            print(told, file=sys.stderr, flush=True)
-    show(figures, where)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        record = where | {"figures": [asdict(figure) for figure in figures]}
-        args.json.write_text(json.dumps(record, indent=1, default=str) + "\n")
-    return 0 if all(figure.met for figure in figures) else 1
+            figures[part] = measure(part, Path(name), args.quick)
+            if path:  # part by part: a break costs one
+                save(path, figures)
+    show(figures)
+    return 0 if all(figure.met for figure in figures.values()) else 1
 
 
 if __name__ == "__main__":
