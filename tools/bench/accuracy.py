@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from record import Row, write
 
 
 def main() -> int:
@@ -31,8 +32,7 @@ def main() -> int:
             f"{r['model']:<24} {r['mode']:<6} {r['transform']:<9} {100 * r['mean']:.1f} % "
             f"({100 * r['least']:.1f} to {100 * r['most']:.1f}), seeds {list(r['seeds'])}"
         )
-    if args.json:
-        args.json.write_text(json.dumps(table, indent=1) + "\n")
+    write(args.json, [told(r) for r in table], details={"table": table})
     return 0
 
 
@@ -65,6 +65,14 @@ def row(key: tuple[str, ...], seeds: dict[int, dict[str, Any]]) -> dict[str, Any
         "most": max(reached),
         "seeds": {str(seed): seeds[seed] for seed in sorted(seeds)},
     }
+
+
+def told(r: dict[str, Any]) -> Row:
+    """One row as README shows it."""
+    n = max(int(record["n"]) for record in r["seeds"].values())
+    what = f"test accuracy, {r['model']}, mode {r['mode']}: mean of {len(r['seeds'])} splits"
+    spread = 100 * r["least"], 100 * r["most"]
+    return Row(f"{what}, {n} photographs each", 100 * r["mean"], "%", spread)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from machine import about
 from PIL import Image
+from record import Row, verdict, write
 
 GOAL = 6.0  # KiB per photograph
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "flowers_probe.yaml"
@@ -48,7 +48,7 @@ def main() -> int:
             f"{rows[-1]['seconds']:.0f} s",
             flush=True,
         )
-    return show(rows, args.json)
+    return show(rows, args)
 
 
 def draw(folder: Path, count: int) -> None:
@@ -84,15 +84,17 @@ def child(data: Path, runs: Path) -> int:
     return code
 
 
-def show(rows: list[dict[str, Any]], file: Path | None) -> int:
+def show(rows: list[dict[str, Any]], args: argparse.Namespace) -> int:
     """Growth per photograph, from the smallest count to the largest."""
     first, last = rows[0], rows[-1]
     growth = (last["peak_mb"] - first["peak_mb"]) * 1024 / (last["images"] - first["images"])
-    if file:
-        record = {"about": about(), "rows": rows, "kib_per_image": growth, "goal": GOAL}
-        file.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"memory: {growth:.2f} KiB per photograph")
-    return 0 if growth <= GOAL else 1
+    what = f"memory of a whole run, growth per photograph up to {last['images']:,}"
+    told = [
+        Row(what, growth, "KiB", goal=GOAL, at_most=True),
+        Row(f"memory of a whole run of {last['images']:,} photographs", last["peak_mb"], "MB"),
+    ]
+    write(args.json, told, quick=args.quick, details={"runs": rows})
+    return verdict(told)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,131 @@
+"""README's figures are those of the results, and the benchmarks tell figures as they are."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).resolve().parents[1] / "tools" / "bench"
+
+
+@pytest.fixture(autouse=True)
+def beside_the_scripts(monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)
+
+
+def script(name):
+    return importlib.import_module(name)
+
+
+def test_readme_says_what_the_results_say():
+    readme = script("readme")
+    text = readme.README.read_text("utf-8")
+    assert readme.renewed(text, readme.section(readme.load(readme.RESULTS))) == text
+
+
+MACHINE = {
+    "processor": "Some CPU",
+    "threads": 2,
+    "device": "cpu",
+    "torch": "2.15",
+    "timm": "1.0.31",
+    "date": "2026-11-25",
+    "commit": "abc",
+}
+
+
+def record(folder, name, *rows, machine=MACHINE, **more):
+    found = {"bench": name.partition(".")[0], "quick": False, "machine": machine, "rows": rows}
+    (folder / f"{name}.json").write_text(json.dumps(found | more))
+
+
+def row(what, value, **more):
+    r = script("record").Row(what, value, **more)
+    return vars(r) | {"met": r.met}
+
+
+def test_the_section_shows_both_machines_misses_and_what_is_not_measured(tmp_path):
+    readme, gpu = script("readme"), MACHINE | {"device": "One GPU", "commit": "def"}
+    record(tmp_path, "zoo", row("a zoo", 3.0, unit="s"), not_measured=["lions"])
+    record(tmp_path, "extract", row("features", 1.5, goal=1.15, spread=(1.4, 1.6)))
+    record(tmp_path, "extract.cuda", row("features", 1.1, goal=1.15), machine=gpu)
+    record(tmp_path, "memory", row("growth", 7.0, unit="KiB", goal=6, at_most=True))
+    part = {"what": "kills", "figure": "9 of 9", "goal": "all", "met": True}
+    parts = {"kills": part | {"where": MACHINE | {"quick": False, "date": "2026-11-24"}}}
+    (tmp_path / "survive.json").write_text(json.dumps({"parts": parts}))
+    assert readme.section(readme.load(tmp_path)) == (
+        "\n"
+        "| measured | 2-core CPU | One GPU | by |\n"
+        "|---|---|---|---|\n"
+        "| features | 1.50 x (1.40 to 1.60), goal 1.15 | **1.10 x, goal 1.15: missed** "
+        "| [extract](tools/bench/extract.py) |\n"
+        "| growth | **7.00 KiB, goal at most 6: missed** |  | [memory](tools/bench/memory.py) |\n"
+        "| kills | 9 of 9, goal all |  | [survive](tools/bench/survive.py) |\n"
+        "| a zoo | 3.00 s |  | [zoo](tools/bench/zoo.py) |\n"
+        "\n"
+        "An empty cell was not measured.\n"
+        "Nor were: lions.\n"
+        "CPU: Some CPU, 2 threads, torch 2.15, timm 1.0.31, 2026-11-25, commit abc.\n"
+        "survive: Some CPU, 2 threads, torch 2.15, timm 1.0.31, 2026-11-24, commit abc.\n"
+        "CUDA: One GPU, 2 threads, torch 2.15, timm 1.0.31, 2026-11-25, commit def.\n"
+    )
+
+
+def test_writing_twice_changes_nothing_and_the_rest_of_readme_stays():
+    readme = script("readme")
+    text = f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n"
+    once = readme.renewed(text, "new\n")
+    assert once == f"before\n{readme.BEGIN}\nnew\n{readme.END}\nafter\n"
+    assert readme.renewed(once, "new\n") == once
+    with pytest.raises(ValueError, match=r"README needs one <!-- begin"):
+        readme.renewed("no markers", "new\n")
+
+
+def test_results_of_another_shape_or_of_a_quick_run_are_refused(tmp_path):
+    readme = script("readme")
+    (tmp_path / "odd.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"odd.json: no bench, quick, machine, rows"):
+        readme.load(tmp_path)
+    (tmp_path / "odd.json").unlink()
+    record(tmp_path, "fast", row("fast", 1.0), quick=True)
+    with pytest.raises(ValueError, match=r"fast.json: of a --quick run"):
+        readme.load(tmp_path)
+
+
+def test_a_record_holds_what_was_called_and_its_rows(tmp_path, monkeypatch, capsys):
+    tool = script("record")
+    file = tmp_path / "made" / "x.json"
+    monkeypatch.setattr(sys, "argv", ["tools/bench/extract.py", "--quick"])
+    rows = [tool.Row("first", 2.0, goal=1.0), tool.Row("second", 0.5, "s", goal=0.4, at_most=True)]
+    tool.write(file, rows, quick=True, details={"n": 1})
+    tool.write(None, rows)
+    found = json.loads(file.read_text())
+    assert (found["bench"], found["quick"]) == ("extract", True)
+    assert found["command"] == "python tools/bench/extract.py --quick"
+    assert [r["met"] for r in found["rows"]] == [True, False]
+    assert set(found["machine"]) == set(MACHINE)
+    assert tool.verdict(rows) == 1
+    assert tool.verdict(rows[:1]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out == [
+        "second: 0.50 s (goal at most 0.4: missed)",
+        "first: 2.00 x (goal at least 1: met)",
+        "first: 2.00 x (goal at least 1: met)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (1.456, "x", "1.46 x"),
+        (12_345.6, "images/s", "12,346 images/s"),
+        (88.04, "%", "88.0 %"),
+        (0.0116, "", "0.012"),
+        (6.5e-6, "", "6.5e-06"),
+        (0.0, "s", "0.000 s"),
+    ],
+)
+def test_figures_have_three_digits(value, unit, text):
+    assert script("record").figure(value, unit) == text
