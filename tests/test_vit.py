@@ -10,6 +10,7 @@ from timm.models import GraphExtractNet, save_for_hf
 from timm.optim import create_optimizer_v2
 from timm.utils import AttentionExtract
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import vitft  # noqa: F401  (registers the names)
 from vitft.errors import RecipeError
@@ -513,3 +514,28 @@ def test_a_hook_on_the_last_block_is_shown_every_token():
     net.blocks[-1].register_forward_hook(lambda module, args, out: seen.append(out.shape))
     net(torch.randn(2, 3, 32, 32))
     assert seen == [(2, 5, 384)]
+
+
+def test_training_takes_the_short_way_with_timms_gradients():
+    options = {"drop_path_rate": 0.3, "drop_rate": 0.2, "num_classes": 4}
+    ours = tiny(**options)
+    twin = tiny_twin(ours, **options)
+    x, work = images(4), []
+    for model in (ours.train(), twin.train()):
+        torch.manual_seed(3)
+        with FlopCounterMode(display=False) as counter:
+            model(x).square().sum().backward()
+        work.append(counter.get_total_flops())
+    for (name, p), (_, q) in zip(ours.named_parameters(), twin.named_parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, atol=1e-4, rtol=1e-4, msg=name)
+    assert work[0] < 0.75 * work[1]  # of two blocks, most of the second is left out
+
+
+def test_the_short_way_in_training_is_compiled_to_the_same_gradients():
+    ours = tiny().train()
+    ours(images(2)).sum().backward()
+    wanted = {name: p.grad.clone() for name, p in ours.named_parameters()}
+    ours.zero_grad()
+    torch.compile(ours, backend="aot_eager", fullgraph=True)(images(2)).sum().backward()
+    for name, p in ours.named_parameters():
+        torch.testing.assert_close(p.grad, wanted[name], atol=1e-5, rtol=1e-5, msg=name)

@@ -168,6 +168,8 @@ def fine_tune(p: Prepared, hooks: Hooks) -> Learned:
         model.train_last_blocks(p.net, spec.blocks)
     if spec.grad_checkpointing:
         cast(Any, p.net).set_grad_checkpointing(True)
+    if spec.patch_drop:
+        model.drop_patches(p.net, spec.patch_drop)
     if spec.views != "online" and spec.blocks is not None:
         return _fit_tail(p, hooks, int(spec.views))
     _init_head(p, lambda: extract(p, "train"))

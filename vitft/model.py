@@ -11,6 +11,7 @@ from typing import Any, cast
 import timm
 import torch
 from timm.data.model_config import resolve_input_data_config
+from timm.layers.patch_dropout import PatchDropout
 from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
 
@@ -310,6 +311,29 @@ def train_last_blocks(net: nn.Module, count: int) -> None:
     after = [m for name in ("norm", "fc_norm") if (m := getattr(net, name, None)) is not None]
     for module in [*blocks[-count:], *after, classifier(net)]:
         module.requires_grad_(True)
+
+
+def drop_patches(net: nn.Module, share: float) -> None:
+    """Leaves out this share of the patches, drawn anew for each image, whenever it trains.
+
+    Args:
+        net: A timm ViT; class and register tokens always stay.
+        share: 0 puts all patches back.
+
+    Raises:
+        RecipeError: `model.patch_drop`: the model has no place where patches can be left out.
+
+    Source: Liu et al., PatchDropout, 2022 (arXiv 2208.07220).
+    """
+    place = getattr(net, "patch_drop", None)
+    if not isinstance(place, nn.Identity | PatchDropout):
+        if share:
+            text = f"train.patch_drop is {share:g}, {type(net).__name__} cannot leave out patches"
+            fix = "choose a vit_* or vitflower_* model, or set train.patch_drop: 0"
+            raise RecipeError.of("model.patch_drop", "train.patch_drop", text, fix)
+        return
+    prefix = int(getattr(net, "num_prefix_tokens", 1))
+    net.patch_drop = PatchDropout(share, num_prefix_tokens=prefix) if share else nn.Identity()
 
 
 def backbone_fingerprint(net: nn.Module) -> str:

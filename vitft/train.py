@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
 import torch
+from timm.layers.patch_dropout import PatchDropout
 from timm.optim._optim_factory import create_optimizer_v2
 from timm.scheduler.scheduler_factory import create_scheduler_v2
 from timm.task import ClassificationTask
@@ -386,7 +387,7 @@ class Trainer:
 
 
 def set_train_mode(net: nn.Module) -> None:
-    """Train mode where something is trained; frozen parts stay in eval mode."""
+    """Train mode where something is trained and for patch dropout; what is frozen stays in eval."""
     parameters = list(net.parameters())
     net.train()
     if all(p.requires_grad for p in parameters):
@@ -394,7 +395,7 @@ def set_train_mode(net: nn.Module) -> None:
     net.eval()
     for module in net.modules():
         own = list(module.parameters())
-        if own and all(p.requires_grad for p in own):
+        if (own and all(p.requires_grad for p in own)) or isinstance(module, PatchDropout):
             module.train()
 
 
