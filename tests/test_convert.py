@@ -634,12 +634,10 @@ def test_relatives_of_vit_are_refused_by_name(names, what):
     assert "timm's own model" in caught.value.faults[0].fix
 
 
-def test_jax_relatives_are_refused_by_name():
+def test_a_jax_relative_is_refused_by_name():
     arrays = {k: torch.from_numpy(v) for k, v in jax_arrays().items()}
     with pytest.raises(WeightsError, match="SigLIP"):
         fill(ours(), arrays | {"MAPHead_0/probe": torch.ones(1)})
-    with pytest.raises(WeightsError, match="hybrid"):
-        fill(ours(), arrays | {"conv_root/kernel": torch.ones(1)})
 
 
 def test_a_relatives_own_model_in_timm_takes_its_own_names():

@@ -15,7 +15,7 @@ FLOORS = (
     "errors stats kernels encode schema strict_yaml charts figures split threads",
     # files and what they hold
     "io raw convert tensorfile inputs folders table ledger recipe pages doubt trust evaluate "
-    "suspects",
+    "suspects hybrid",
     "console images weights checkpoint gallery sources unpack",
     # data, models and arrays
     "fetch store contents assign loaders vit model maps train sections cli answers",

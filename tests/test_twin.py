@@ -35,7 +35,7 @@ def file_of(path, name, *, rename=lambda k: k, extra=None, **options):
 def test_every_name_is_recognised_from_its_own_file(tmp_path, name):
     found = twin.inspect(file_of(tmp_path / "w.pth", name, num_classes=7))
     assert found.model == name
-    assert found.twin == twin.TWINS[name]
+    assert found.twin == twin.TWINS.get(name, "")
     assert found.img_size == 224
     assert found.options == {"num_classes": 7}
     assert found.kind == "PyTorch"
@@ -189,8 +189,10 @@ def test_check_of_google_weights_goes_through_timms_reader(tmp_path):
 
 def test_check_refuses_a_name_without_a_twin_and_a_file_of_another_size(tmp_path):
     path = small(tmp_path / "w.pth")
-    with pytest.raises(RecipeError, match="'resnet18' has no twin here"):
-        twin.compare(path, "resnet18")
+    with pytest.raises(RecipeError, match="'vitflower_x' has no twin here"):
+        twin.compare(path, "vitflower_x")
+    with pytest.raises(WeightsError, match="looks like a ViT; the model is a ResNet"):
+        twin.compare(path, "resnet10t")
     with pytest.raises(WeightsError, match="2 blocks of width 32"):
         twin.compare(path, "vitflower_b16")
 

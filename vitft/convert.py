@@ -200,6 +200,8 @@ TORCHVISION = Layout(
 )
 
 _JAX_BLOCK = r"Transformer/encoderblock_(\d+)/"
+_JAX_UNIT = r"block(\d+)/unit(\d+)/"  # of the hybrid's ResNet; both count from 1, see `_counted`
+_UNIT = r"patch_embed.backbone.stages.\1.blocks.\2."
 _JAX_ATTENTION = _JAX_BLOCK + r"MultiHeadDotProductAttention_[01]/"
 JAX = Layout(
     name="Google JAX (vision_transformer or big_vision)",
@@ -231,6 +233,15 @@ JAX = Layout(
         (r"pre_logits/bias", "pre_logits.fc.bias"),
         (r"head/kernel", "head.weight", "T"),
         (r"head/bias", "head.bias"),
+        (r"conv_root/kernel", "patch_embed.backbone.stem.conv.weight", "HWIO"),  # hybrid
+        (r"gn_root/scale", "patch_embed.backbone.stem.norm.weight", "flat"),
+        (r"gn_root/bias", "patch_embed.backbone.stem.norm.bias", "flat"),
+        (_JAX_UNIT + r"conv(\d)/kernel", _UNIT + r"conv\3.weight", "HWIO"),
+        (_JAX_UNIT + r"gn(\d)/scale", _UNIT + r"norm\3.weight", "flat"),
+        (_JAX_UNIT + r"gn(\d)/bias", _UNIT + r"norm\3.bias", "flat"),
+        (_JAX_UNIT + r"conv_proj/kernel", _UNIT + "downsample.conv.weight", "HWIO"),
+        (_JAX_UNIT + r"gn_proj/scale", _UNIT + "downsample.norm.weight", "flat"),
+        (_JAX_UNIT + r"gn_proj/bias", _UNIT + "downsample.norm.bias", "flat"),
     ),
 )
 
@@ -244,8 +255,9 @@ REFUSED = (  # near relatives: (pattern of one name, what it is)
     (r".*relative_position_bias_table", "BEiT or Swin (relative positions)"),
     (r".*MAPHead_0/.+|.*attn_pool\..+|.*vision_model\.head\.probe", "SigLIP (attention pooling)"),
     (r".*attn\.q_norm\.weight", "a ViT with normalised queries and keys"),
-    (r"(?:.*/)?(?:conv_root|block1)/.+", "the paper's hybrid (ResNet stem)"),
 )
+
+CNN = "patch_embed.backbone."  # of a hybrid
 
 # of several backbones in one file, the one that its authors evaluate
 PREFERRED = ("teacher.", "base_encoder.", "target_encoder.", "encoder.", "visual.", "backbone.")
@@ -336,6 +348,8 @@ def _rewrite(
             out[inner] = tensor
         else:
             dropped[name] = f"outside {prefix}"
+    if layout is JAX:
+        _count_from_zero(out)
     _fuse(out)
     if "head.weight" in out and "head.bias" not in out:  # CLIP projects without a bias
         out["head.bias"] = out["head.weight"].new_zeros(len(out["head.weight"]))
@@ -373,10 +387,22 @@ def _fuse(state: dict[str, Tensor]) -> None:
             state[name.replace(".attn.q.", ".attn.qkv.")] = fused
 
 
+def _count_from_zero(state: dict[str, Tensor]) -> None:
+    """Google counts a ResNet's stages and units from 1; a hybrid of a stem alone has neither."""
+    stages = re.compile(r"(patch_embed\.backbone\.stages)\.(\d+)\.blocks\.(\d+)\.(.+)")
+    found = {name: m for name in state if (m := stages.fullmatch(name))}
+    stem = {n: n for n in state if n.startswith("patch_embed.backbone.stem.") and not found}
+    moved = {n: f"{m[1]}.{int(m[2]) - 1}.blocks.{int(m[3]) - 1}.{m[4]}" for n, m in found.items()}
+    moved |= {n: n.replace(".stem.", ".", 1) for n in stem}
+    taken = {new: state.pop(old) for old, new in moved.items()}
+    state.update(taken)
+
+
 def _title(layout: Layout, prefix: str, names: Iterable[str]) -> str:
     """The layout's name, closer where the names tell which project wrote the file."""
     if layout is not TIMM:
-        return layout.name
+        hybrid = layout is JAX and any("conv_root/" in name for name in names)
+        return layout.name + ", hybrid" * hybrid
     signs = (
         (r".*visual\.trunk\..+", "OpenCLIP around a timm ViT"),
         (r".*base_encoder\..+", "MoCo-v3"),
@@ -386,6 +412,7 @@ def _title(layout: Layout, prefix: str, names: Iterable[str]) -> str:
         (r".*register_tokens", "DINOv2 with registers"),
         (r".*mask_token", "DINOv2"),
         (r".*(last_layer|head\.mlp)\..+", "DINO"),
+        (r".*patch_embed\.backbone\..+", "timm, hybrid"),
         (r".*pre_logits\.fc\..+", "timm (historical, with pre_logits)"),
         (r".*blocks\.0\.ls1\.gamma", "timm (LayerScale, as DINOv2)"),
     )
@@ -408,6 +435,9 @@ class Anatomy:
         positions: Rows of the position table; 0 without one.
         registers: Tokens besides the class token that take part.
         classes: Rows of the head; 0 without one.
+        cnn: Blocks per stage of a hybrid's ResNet, () for its stem alone; None without a CNN, or
+            for one that is no such ResNet.
+        has_cnn: The patches are cut from a CNN's feature map; `patch` counts cells then.
     """
 
     width: int
@@ -424,11 +454,14 @@ class Anatomy:
     qkv_bias: bool
     representation: int
     classes: int
+    cnn: tuple[int, ...] | None = None
+    has_cnn: bool = False
 
     @property
     def words(self) -> str:
         """Such as `12 blocks of width 768, patch 16`."""
-        return f"{self.depth} blocks of width {self.width}, patch {self.patch[0]}"
+        on = " of a CNN's map" if self.has_cnn else ""
+        return f"{self.depth} blocks of width {self.width}, patch {self.patch[0]}{on}"
 
 
 def anatomy(state: Mapping[str, Any]) -> Anatomy | None:
@@ -447,7 +480,7 @@ def anatomy(state: Mapping[str, Any]) -> Anatomy | None:
         depth=max(blocks) + 1,
         hidden=int(fc1.shape[0]),
         patch=(0, 0) if flat else (int(kernel.shape[2]), int(kernel.shape[3])),
-        in_chans=0 if flat else int(kernel.shape[1]),
+        in_chans=_colours(state, kernel),
         positions=rows("pos_embed", 1),
         class_token="cls_token" in state,
         registers=rows("reg_token", 1) + rows("dist_token", 1),
@@ -457,7 +490,28 @@ def anatomy(state: Mapping[str, Any]) -> Anatomy | None:
         qkv_bias="blocks.0.attn.qkv.bias" in state,
         representation=rows("pre_logits.fc.weight"),
         classes=rows("head.weight"),
+        cnn=_resnet(state),
+        has_cnn=any(name.startswith("patch_embed.backbone.") for name in state),
     )
+
+
+def _colours(state: Mapping[str, Any], kernel: Any) -> int:
+    """Colour channels; 0 for an old linear patch embedding. A hybrid's CNN meets them first."""
+    kernels = (t for name, t in state.items() if name.startswith(CNN) and len(t.shape) == 4)
+    first = next(kernels, kernel)
+    return int(first.shape[1]) if len(first.shape) == 4 else 0
+
+
+def _resnet(names: Iterable[str]) -> tuple[int, ...] | None:
+    """Blocks per stage of the BiT ResNet under a hybrid's patches."""
+    names = [n.removeprefix(CNN) for n in names if n.startswith(CNN)]
+    units = {
+        m.group(1, 2) for n in names if (m := re.match(r"stages\.(\d+)\.blocks\.(\d+)\.norm3", n))
+    }
+    if not units:
+        return () if {"conv.weight", "norm.weight"} <= set(names) else None
+    count = max(int(stage) for stage, _ in units) + 1
+    return tuple(sum(int(stage) == i for stage, _ in units) for i in range(count))
 
 
 # --- from one size to another --------------------------------------------------------------------
@@ -504,6 +558,7 @@ def adapt(
     """
     out, dropped, notes = dict(state), dict[str, str](), list[str]()
     _adapt_kernel(out, model, notes)
+    _adapt_stem(out, model, notes)
     _adapt_registers(out, model, notes)
     if "pos_embed" in out:
         split = _Split(pos_grid, no_embed_class or model.no_embed_class, place)
@@ -514,10 +569,11 @@ def adapt(
 
 def _adapt_kernel(state: dict[str, Tensor], model: Any, notes: list[str]) -> None:
     name = "patch_embed.proj.weight"
-    want = model.state_dict()[name].shape  # [D, channels, patch, patch]
-    kernel = state.get(name)
-    if kernel is None:
-        return
+    own, kernel = model.state_dict(), state.get(name)
+    want = own[name].shape  # [D, channels, patch, patch]
+    on_map = any(n.startswith(CNN) for n in own)
+    if kernel is None or on_map != any(n.startswith(CNN) for n in state):
+        return  # a kernel over colours is none over a CNN's map; the check will say so
     if kernel.ndim == 2 and kernel.shape[1] == math.prod(want[1:]):
         kernel = kernel.reshape(-1, *want[1:])  # before 2021 timm wrote it as a matrix
     if kernel.ndim != 4:
@@ -526,10 +582,23 @@ def _adapt_kernel(state: dict[str, Tensor], model: Any, notes: list[str]) -> Non
         old, new = _size(kernel.shape[2:]), _size(want[2:])
         notes.append(f"patch kernel resampled from {old} to {new} px")
         kernel = resample_patch_embed(kernel.float(), list(want[2:])).to(kernel.dtype)
-    if kernel.shape[1] != want[1]:
+    if kernel.shape[1] != want[1] and not on_map:
         notes.append(f"patch kernel brought from {kernel.shape[1]} to {want[1]} colour channels")
         kernel = adapt_input_conv(want[1], kernel, base_chans=kernel.shape[1])
     state[name] = kernel
+
+
+def _adapt_stem(state: dict[str, Tensor], model: Any, notes: list[str]) -> None:
+    """A hybrid meets the colours in its CNN's first kernel."""
+    own = model.state_dict()
+    first = next((n for n, t in own.items() if n.startswith(CNN) and t.ndim == 4), None)
+    kernel = state.get(first or "")
+    if first is None or kernel is None or kernel.ndim != 4:
+        return
+    have, want = int(kernel.shape[1]), int(own[first].shape[1])
+    if have != want:
+        notes.append(f"first kernel of the CNN brought from {have} to {want} colour channels")
+        state[first] = adapt_input_conv(want, kernel, base_chans=have)
 
 
 def _adapt_registers(state: dict[str, Tensor], model: Any, notes: list[str]) -> None:
@@ -645,6 +714,8 @@ def _size(size: Iterable[int]) -> str:
 # --- what went wrong -----------------------------------------------------------------------------
 
 _ADVICE = (  # (what did not fit, pattern, what to do)
+    ("unexpected", r"patch_embed\.backbone\..+", "a hybrid: see `vitft weights inspect` for it"),
+    ("missing", r"patch_embed\.backbone\..+", "not a hybrid: leave model.embed out"),
     ("unexpected", r"(reg|dist)_token", "the file has extra tokens: build with reg_tokens: {n}"),
     ("unexpected", r"blocks\.\d+\.ls[12]\.gamma", "the file has LayerScale: init_values: 1e-5"),
     ("missing", r"blocks\.\d+\.ls[12]\.gamma", "no LayerScale in the file: leave init_values out"),

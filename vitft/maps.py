@@ -289,7 +289,8 @@ def positions(net: nn.Module) -> Floats:
     Raises:
         RecipeError: `explain.no_positions`.
     """
-    table, embed = getattr(net, "pos_embed", None), getattr(net, "patch_embed", None)
+    ask, embed = getattr(net, "position_table", None), getattr(net, "patch_embed", None)
+    table = ask() if ask else getattr(net, "pos_embed", None)
     grid = getattr(embed, "grid_size", None)
     if not isinstance(table, Tensor) or table.ndim != 3 or grid is None:
         text = "has no table of absolute positions"

@@ -37,6 +37,11 @@ TIMM_TWINS = {
     "vitflower_l16": "vit_large_patch16_224",
     "vitflower_l32": "vit_large_patch32_384",
     "vitflower_h14": "vit_huge_patch14_224",
+    "vitflower_hybrid_r_ti16": "vit_tiny_r_s16_p8_224",
+    "vitflower_hybrid_r26_s32": "vit_small_r26_s32_224",
+    "vitflower_hybrid_r26_b32": "vit_base_r26_s32_224",
+    "vitflower_hybrid_r50_b16": "vit_base_r50_s16_224",
+    "vitflower_hybrid_r50_l32": "vit_large_r50_s32_224",
 }
 
 
@@ -92,7 +97,7 @@ def timm_twin(card: Card) -> str:
     Raises:
         RecipeError: `export.as_timm`: the model uses what timm's class has not.
     """
-    ours = {"pos_embed", "representation_size"} & card.options.keys()
+    ours = {"pos_embed", "representation_size", "embed"} & card.options.keys()
     twin = TIMM_TWINS.get(card.architecture)
     if not card.architecture.startswith("vitflower_"):
         return card.architecture

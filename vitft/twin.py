@@ -22,9 +22,10 @@ import yaml
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
-from vitft import convert, tensorfile, vit, weights
+from vitft import convert, model, tensorfile, vit, weights
 from vitft.convert import Anatomy
 from vitft.errors import RecipeError, WeightsError, escape
+from vitft.hybrid import RESNETS
 
 # what each project says of the weights it published; the file itself seldom does
 LICENCES = {
@@ -166,8 +167,11 @@ def _fitting(
         return _named_like(found), "", {}
     for name, size in vit.SIZES.items():
         depth, width, patch = size.get("depth", 12), size["embed_dim"], size["patch_size"]
+        cnn = RESNETS[size["embed"]] if "embed" in size else None
+        if sizes.has_cnn != (cnn is not None) or sizes.cnn != cnn:
+            continue
         if (sizes.depth, sizes.width) == (depth, width) and sizes.patch in ((patch, patch), (0, 0)):
-            return name, TWINS[name], options_for(name, sizes, converted)
+            return name, TWINS.get(name, ""), options_for(name, sizes, converted)
     return "", "", {}
 
 
@@ -180,6 +184,11 @@ TWINS = {
     "vitflower_l16": "vit_large_patch16_224",
     "vitflower_l32": "vit_large_patch32_224",
     "vitflower_h14": "vit_huge_patch14_224",
+    "vitflower_hybrid_r_ti16": "vit_tiny_r_s16_p8_224",  # 4 px per cell, 8 cells per token
+    "vitflower_hybrid_r26_s32": "vit_small_r26_s32_224",
+    "vitflower_hybrid_r26_b32": "vit_base_r26_s32_224",
+    "vitflower_hybrid_r50_b16": "vit_base_r50_s16_224",
+    "vitflower_hybrid_r50_l32": "vit_large_r50_s32_224",
 }
 
 
@@ -241,7 +250,10 @@ def _grid(sizes: Anatomy) -> int:
 
 
 def _side(sizes: Anatomy) -> int:
-    return _grid(sizes) * sizes.patch[0]
+    """Image side, px; 0 for an unknown CNN, whose cells may cover any number of pixels."""
+    if sizes.cnn is None:
+        return 0 if sizes.has_cnn else _grid(sizes) * sizes.patch[0]
+    return _grid(sizes) * sizes.patch[0] * 4 * int(2 ** max(len(sizes.cnn) - 1, 0))
 
 
 def _tokens(sizes: Anatomy) -> str:
@@ -316,7 +328,10 @@ class Parity:
     def lines(self) -> list[str]:
         """For people."""
         built = ", ".join(f"{k}={v!r}" for k, v in self.options.items())
-        out = [f"{self.model} and timm's {self.twin}, built with {built}"]
+        both = f"{self.model} and timm's {self.twin}"
+        if self.model == self.twin:
+            both = f"timm's {self.model}, filled by vitft and by timm"
+        out = [f"{both}, built with {built}" if built else both]
         if self.by != "timm":
             out.append("timm cannot read these names; its model was given the converted tensors")
         out += [f"note: {note}" for note in self.notes]
@@ -344,8 +359,7 @@ def compare(
     """
     ours_name = name if name in TWINS else {v: k for k, v in TWINS.items()}.get(name, "")
     if not ours_name:
-        fix = f"use one of {', '.join(TWINS)}, or timm's name of the same"
-        raise RecipeError.of("model.unknown", "--model", f"{name!r} has no twin here", fix)
+        return _two_ways(path, name, dict(options or {}) | _sized(img_size))
     found = weights.open_file(path)
     converted = convert.convert(found.tensors, place=path)
     sizes = convert.anatomy(converted.state)
@@ -360,12 +374,48 @@ def compare(
     return _measure(ours, theirs, ours_name, built, by, match, (*found.notes, *notes))
 
 
+def _sized(img_size: int | None) -> dict[str, Any]:
+    return {} if img_size is None else {"img_size": img_size}
+
+
+def _two_ways(path: Path, name: str, options: dict[str, Any]) -> Parity:
+    """A model that is timm's alone, filled by our loader and by timm's."""
+    if name.startswith("vitflower_") or not timm.is_model(name):
+        fix = f"use one of {', '.join(TWINS)}, or a name of timm's"
+        raise RecipeError.of("model.unknown", "--model", f"{name!r} has no twin here", fix)
+    found = weights.open_file(path)
+    classes = _classes(found.tensors, name)
+    options = {"num_classes": classes} | options if classes is not None else options
+    ours = timm.create_model(name, **options).eval()
+    state, notes = weights.load_for(ours, path)
+    head = model.classifier_names(ours)
+    match = weights.check(state, ours.state_dict(), new=head, drop=head, place=path)
+    taken = {k: v for k, v in state.items() if k not in match.dropped}
+    ours.load_state_dict(ours.state_dict() | taken)
+    overlay: dict[str, Any] = {"file": str(path), "custom_load": found.kind == "npz"}
+    if classes is not None:  # else timm takes the file's head for a foreign one
+        overlay["num_classes"] = classes
+    theirs = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **options)
+    if match.new or match.dropped:  # a fresh head is another one in each
+        theirs.load_state_dict({k: v for k, v in ours.state_dict().items() if k in head}, False)
+    return _measure(ours, theirs.eval(), name, options, "timm", match, notes)
+
+
+def _classes(tensors: Mapping[str, Tensor], name: str) -> int | None:
+    """Rows of the file's classifier, by the name that timm gives it."""
+    cfg = timm.get_pretrained_cfg(name)
+    head = cfg.classifier if cfg and isinstance(cfg.classifier, str) else "head"
+    rows = tensors.get(f"{head}.weight")
+    return None if rows is None else int(rows.shape[0])
+
+
 def _theirs(
     name: str, options: dict[str, Any], found: weights.Checkpoint, ours: nn.Module
 ) -> tuple[Any, str]:
     """timm's model with the file in it, by timm's own code where that can read the file."""
     made = dict(vit.SIZES[name]) | options
-    made.pop("representation_size", None)
+    for only_ours in ("representation_size", "embed", "embed_stage"):
+        made.pop(only_ours, None)
     if eps := made.pop("norm_eps", None):
         made["norm_layer"] = partial(nn.LayerNorm, eps=eps)
     if "pos_embed" in made:
@@ -404,11 +454,9 @@ def _measure(
     match: weights.Match,
     notes: tuple[str, ...],
 ) -> Parity:
-    height, width = ours.patch_embed.img_size
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(2, ours.in_chans, height, width, generator=generator)
-    ours_last, ours_blocks = ours.forward_intermediates(images, output_fmt="NLC")
-    last, blocks = theirs.forward_intermediates(images, output_fmt="NLC")
+    images = _images(ours)
+    ours_last, ours_blocks = _intermediates(ours, images)
+    last, blocks = _intermediates(theirs, images)
     features = ours.forward_head(ours_last, pre_logits=True)
     logits = ours(images)
     if options.get("representation_size"):  # timm has no such layer: compare what it reads
@@ -419,7 +467,7 @@ def _measure(
         expected = theirs(images)
     return Parity(
         model=name,
-        twin=TWINS[name],
+        twin=TWINS.get(name, name),
         options=options,
         blocks=tuple(_apart(a, b) for a, b in zip(ours_blocks, blocks, strict=True)),
         features=_apart(features, reference),
@@ -430,6 +478,25 @@ def _measure(
         left_over=match.dropped,
         notes=notes,
     )
+
+
+def _images(net: Any) -> Tensor:
+    """Two random images, [2, 3, S, S], of the size that the model was built for."""
+    embed = getattr(net, "patch_embed", None)
+    size = getattr(embed, "img_size", None) or net.pretrained_cfg["input_size"][1:]
+    channels = getattr(net, "in_chans", 3)
+    return torch.randn(2, channels, *size, generator=torch.Generator().manual_seed(0))
+
+
+def _intermediates(net: Any, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Last features and those of every block or stage; of few models timm gives none."""
+    if not hasattr(net, "forward_intermediates"):
+        return net.forward_features(images), []
+    try:
+        last, blocks = net.forward_intermediates(images, output_fmt="NLC")
+    except (AssertionError, ValueError):  # a CNN's maps have no token form
+        last, blocks = net.forward_intermediates(images)
+    return last, blocks
 
 
 def _apart(a: Tensor, b: Tensor) -> float:

@@ -21,7 +21,6 @@ from timm.layers._fx import register_notrace_module
 from timm.layers.config import use_fused_attn
 from timm.layers.drop import DropPath
 from timm.layers.patch_dropout import PatchDropout
-from timm.layers.patch_embed import resample_patch_embed
 from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
@@ -30,11 +29,13 @@ from torch import Tensor, nn
 
 from vitft import console
 from vitft.errors import RecipeError
+from vitft.hybrid import HybridEmbed, resampled
 
 POOLS = ("", "token", "avg")
 POSITIONS = {  # timm says "learn"; both spellings build the same model
     "learned": "learned",
     "learn": "learned",
+    "learned2d": "learned2d",
     "sincos2d": "sincos2d",
     "none": "none",
     "": "none",
@@ -117,7 +118,7 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.img_size, self.patch_size = _pair(img_size), _pair(patch_size)
         self.strict_img_size = strict_img_size
-        self.grid_size = _grid(self.img_size, self.patch_size, "model.img_size")
+        self.grid_size = self.grid_of(self.img_size, self.patch_size)
         self.proj = nn.Conv2d(
             in_chans, width, self.patch_size, self.patch_size, bias=bias, **factory
         )
@@ -135,6 +136,10 @@ class PatchEmbed(nn.Module):
         """Pixels per patch."""
         return max(self.patch_size) if as_scalar else self.patch_size
 
+    def grid_of(self, img_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
+        """Grid of patches; an image that they do not tile is refused."""
+        return _grid(img_size, patch_size, "model.img_size")
+
     def set_input_size(
         self,
         img_size: int | Sequence[int] | None = None,
@@ -143,21 +148,10 @@ class PatchEmbed(nn.Module):
         """Takes images or patches of another size; the kernel is resampled to keep its answers."""
         image = self.img_size if img_size is None else _pair(img_size)
         patch = self.patch_size if patch_size is None else _pair(patch_size)
-        self.grid_size = _grid(image, patch, "model.img_size")
+        self.grid_size = self.grid_of(image, patch)
         if patch != self.patch_size:
-            self.proj = self._resampled(patch)
+            self.proj = resampled(self.proj, patch)
         self.img_size, self.patch_size = image, patch
-
-    def _resampled(self, patch: tuple[int, int]) -> nn.Conv2d:
-        old = self.proj
-        bias = old.bias is not None
-        factory: dict[str, Any] = {"device": old.weight.device, "dtype": old.weight.dtype}
-        new = nn.Conv2d(old.in_channels, old.out_channels, patch, patch, bias=bias, **factory)
-        with torch.no_grad():
-            new.weight.copy_(resample_patch_embed(old.weight, list(patch)))
-        new.weight.requires_grad_(old.weight.requires_grad)
-        new.bias = old.bias
-        return new.train(old.training)
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, S, S] -> [B, P, D]."""
@@ -345,7 +339,7 @@ class VisionTransformer(nn.Module):
 
     Args:
         img_size: Image side, or height and width, px; a multiple of the patch.
-        patch_size: Patch side, or height and width, px.
+        patch_size: Patch side, or height and width, px; with `embed`, cells of the CNN's map.
         in_chans: Colour channels.
         num_classes: C; 0 leaves the head out.
         global_pool: "token" (class token), "avg" (mean of patches) or "" (all tokens).
@@ -356,7 +350,12 @@ class VisionTransformer(nn.Module):
         qkv_bias: Bias in the qkv projection.
         init_values: Start of LayerScale; None leaves it out.
         class_token: Prepend the class token.
-        pos_embed: "learned", "sincos2d" (fixed) or "none".
+        pos_embed: "learned" (one row per token; the paper's 1-D), "learned2d" (one half of the
+            width per row of patches, the other per column; the paper's appendix D.4), "sincos2d"
+            (fixed) or "none".
+        embed: None for patches of the image; for patches of a CNN's feature map the CNN's name,
+            see `hybrid.build_cnn`.
+        embed_stage: Which of that CNN's maps, from 0; None for the last.
         no_embed_class: Positions are added to patches only, not to prefix tokens (DeiT-III).
         reg_tokens: Register tokens after the class token (DINOv2 with registers: 4).
         pre_norm: LayerNorm before the first block and no bias in the patch embedding (CLIP).
@@ -398,6 +397,8 @@ class VisionTransformer(nn.Module):
         init_values: float | None = None,
         class_token: bool = True,
         pos_embed: str = "learned",
+        embed: str | None = None,
+        embed_stage: int | None = None,
         no_embed_class: bool = False,
         reg_tokens: int = 0,
         pre_norm: bool = False,
@@ -433,8 +434,14 @@ class VisionTransformer(nn.Module):
 
         self.cls_token = _tokens(1, embed_dim, factory) if class_token else None
         self.reg_token = _tokens(reg_tokens, embed_dim, factory) if reg_tokens else None
-        cut = {"bias": not pre_norm, "strict_img_size": not dynamic_img_size}
-        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim, **cut, **factory)
+        cut = {"bias": not pre_norm, "strict_img_size": not dynamic_img_size} | factory
+        self.patch_embed: PatchEmbed | HybridEmbed = (
+            PatchEmbed(img_size, patch_size, in_chans, embed_dim, **cut)
+            if embed is None
+            else HybridEmbed(
+                embed, img_size, patch_size, in_chans, embed_dim, stage=embed_stage, **cut
+            )
+        )
         self._add_positions(factory)
         self.pos_drop = nn.Dropout(pos_drop_rate)
         self.patch_drop: nn.Module = nn.Identity()
@@ -482,10 +489,21 @@ class VisionTransformer(nn.Module):
             self.pos_embed: Tensor | None = None
         elif self.pos_embed_kind == "learned":
             self.pos_embed = _tokens(prefix + self.patch_embed.num_patches, self.embed_dim, factory)
+        elif self.pos_embed_kind == "learned2d":
+            self.pos_embed = None
+            self._add_axes(factory)
         else:  # a buffer: saved like timm's parameter, so plain timm can load it, never trained
             table = sincos2d(self.patch_embed.grid_size, self.embed_dim)
             table = F.pad(table, (0, 0, prefix, 0))  # prefix tokens get zero
             self.register_buffer("pos_embed", table.to(**factory))
+
+    def _add_axes(self, factory: dict[str, Any]) -> None:
+        if self.embed_dim % 2:
+            rule = f"learned2d halves the width, got {self.embed_dim}"
+            raise RecipeError.of("model.pos_embed", "model.embed_dim", rule, "use an even width")
+        rows, columns = self.patch_embed.grid_size
+        self.pos_embed_y = _tokens(rows, self.embed_dim // 2, factory)
+        self.pos_embed_x = _tokens(columns, self.embed_dim // 2, factory)
 
     def _new_head(self, factory: dict[str, Any]) -> nn.Module:
         if self.num_classes <= 0:
@@ -503,6 +521,8 @@ class VisionTransformer(nn.Module):
         drawn: list[Tensor | None] = [self.cls_token, self.reg_token]
         if self.pos_embed_kind == "learned":
             drawn.append(self.pos_embed)
+        if self.pos_embed_kind == "learned2d":
+            drawn += [self.pos_embed_y, self.pos_embed_x]
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 drawn.append(module.weight)
@@ -580,9 +600,26 @@ class VisionTransformer(nn.Module):
         return x
 
     def _positions(self, img_size: tuple[int, int]) -> Tensor | None:
+        if self.pos_embed_kind == "learned2d":
+            grid = self.patch_embed.grid_size
+            if self.dynamic_img_size:
+                grid = self.patch_embed.dynamic_feat_size(img_size)
+            return self._crossed(grid)
         if self.pos_embed is None or not self.dynamic_img_size:
             return self.pos_embed
         return self._resampled(self.pos_embed, self.patch_embed.dynamic_feat_size(img_size))
+
+    def position_table(self) -> Tensor | None:
+        """What is added to the tokens, [1, T or P, D]; None without positions."""
+        return self._positions(self.patch_embed.img_size)
+
+    def _crossed(self, grid: tuple[int, int]) -> Tensor:
+        """[1, T or P, D]: half of the width says the row, half the column; prefix tokens get 0."""
+        y = _stretched(self.pos_embed_y, grid[0])[:, :, None].expand(-1, -1, grid[1], -1)
+        x = _stretched(self.pos_embed_x, grid[1])[:, None].expand(-1, grid[0], -1, -1)
+        table = torch.cat([y, x], dim=-1).flatten(1, 2)  # [1, P, D]
+        prefix = 0 if self.no_embed_class else self.num_prefix_tokens
+        return F.pad(table, (0, 0, prefix, 0))
 
     def _resampled(self, positions: Tensor, grid: tuple[int, int]) -> Tensor:
         prefix = 0 if self.no_embed_class else self.num_prefix_tokens
@@ -715,11 +752,15 @@ class VisionTransformer(nn.Module):
         """Changes image or patch size in place; positions and kernel are resampled."""
         old = self.patch_embed.grid_size
         positions = self.pos_embed
-        new = _grid(
+        new = self.patch_embed.grid_of(
             self.patch_embed.img_size if img_size is None else _pair(img_size),
             self.patch_embed.patch_size if patch_size is None else _pair(patch_size),
-            "model.img_size",
         )
+        if self.pos_embed_kind == "learned2d" and new != old:
+            for name, rows in zip(("pos_embed_y", "pos_embed_x"), new, strict=True):
+                axis = getattr(self, name)
+                longer = _stretched(axis.detach(), rows)
+                setattr(self, name, nn.Parameter(longer, requires_grad=axis.requires_grad))
         if positions is not None and new != old:
             resampled = self._resampled(positions.detach(), new)
             if isinstance(positions, nn.Parameter):
@@ -738,7 +779,7 @@ class VisionTransformer(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that are positions or tokens, not weights."""
-        return {"pos_embed", "cls_token", "reg_token"}
+        return {"pos_embed", "pos_embed_x", "pos_embed_y", "cls_token", "reg_token"}
 
     def load_pretrained(self, checkpoint_path: str | Path, prefix: str = "") -> None:
         """Fills the model from a file of any kind; timm calls it for .npz files."""
@@ -754,6 +795,8 @@ class VisionTransformer(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes block activations in the backward pass instead of keeping them."""
         self.grad_checkpointing = enable
+        if isinstance(self.patch_embed, HybridEmbed):
+            self.patch_embed.set_grad_checkpointing(enable)
 
 
 def _taken(depth: int, indices: int | Sequence[int] | None) -> tuple[list[int], int]:
@@ -769,6 +812,14 @@ def _pre_logits(width: int, size: int | None, factory: dict[str, Any]) -> nn.Mod
     layers.add_module("fc", nn.Linear(width, size, **factory))
     layers.add_module("act", nn.Tanh())
     return layers
+
+
+def _stretched(axis: Tensor, count: int) -> Tensor:
+    """Positions along one axis, [1, n, D / 2] -> [1, count, D / 2]."""
+    if axis.shape[1] == count:
+        return axis
+    longer = F.interpolate(axis.transpose(1, 2), count, mode="linear", align_corners=False)
+    return longer.transpose(1, 2)
 
 
 def _tokens(count: int, width: int, factory: dict[str, Any]) -> nn.Parameter:
@@ -796,6 +847,8 @@ def _cfg(**fields: Any) -> dict[str, Any]:
 
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
+_STEM = "patch_embed.backbone.stem.conv"
+
 # No name claims hosted weights; a file comes in by pretrained_cfg_overlay. The historical in21k
 # files have a head of 21,843 classes, so the names they belong to say so.
 default_cfgs = generate_default_cfgs(
@@ -809,6 +862,13 @@ default_cfgs = generate_default_cfgs(
         "vitflower_l16.orig_in21k": _cfg(num_classes=21843),
         "vitflower_l32.orig_in21k": _cfg(num_classes=21843),
         "vitflower_h14.orig_in21k": _cfg(num_classes=21843),
+        "vitflower_hybrid_r_ti16": _cfg(first_conv="patch_embed.backbone.conv"),
+        "vitflower_hybrid_r26_s32": _cfg(first_conv=_STEM),
+        "vitflower_hybrid_r26_b32": _cfg(first_conv=_STEM),
+        "vitflower_hybrid_r50_b16.orig_in21k": _cfg(first_conv=_STEM, num_classes=21843),
+        "vitflower_hybrid_r50_b32": _cfg(first_conv=_STEM),
+        "vitflower_hybrid_r50_l16": _cfg(first_conv=_STEM),
+        "vitflower_hybrid_r50_l32": _cfg(first_conv=_STEM),
     }
 )
 
@@ -823,6 +883,21 @@ SIZES: dict[str, dict[str, Any]] = {
     "vitflower_l16": {"embed_dim": 1024, "num_heads": 16, "depth": 24, "patch_size": 16},
     "vitflower_l32": {"embed_dim": 1024, "num_heads": 16, "depth": 24, "patch_size": 32},
     "vitflower_h14": {"embed_dim": 1280, "num_heads": 16, "depth": 32, "patch_size": 14},
+}
+# R26+S/32 and so on: table 5 of the paper and table 3 of arXiv 2106.10270; /16 and /32 are the
+# pixels that a token covers (R+Ti/16 has 4 px per cell and patches of 8 cells, as published)
+SIZES |= {
+    f"vitflower_hybrid_{name}": {k: v for k, v in SIZES[f"vitflower_{size}"].items()}
+    | {"patch_size": cells, "embed": cnn}
+    for name, size, cnn, cells in (
+        ("r_ti16", "ti16", "r", 8),
+        ("r26_s32", "s16", "r26", 1),
+        ("r26_b32", "b16", "r26", 1),
+        ("r50_b16", "b16", "r50_fine", 1),
+        ("r50_b32", "b16", "r50", 1),
+        ("r50_l16", "l16", "r50_fine", 1),
+        ("r50_l32", "l16", "r50", 1),
+    )
 }
 
 

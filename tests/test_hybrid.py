@@ -1,0 +1,252 @@
+"""The hybrid equals timm's, takes Google's and timm's files, and refuses what is no CNN."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+import vitft  # noqa: F401  (registers the names)
+from vitft import convert, twin, vit, weights
+from vitft.errors import RecipeError, WeightsError
+
+SMALL = {"depth": 2, "img_size": 64, "num_classes": 5}
+HYBRIDS = {k: v for k, v in twin.TWINS.items() if "hybrid" in k}
+ON_LITE = {"embed": "tf_efficientnet_lite0", "patch_size": 1, "embed_dim": 32, "num_heads": 2}
+
+
+def scatter(model, seed=0):
+    """Random values everywhere, so that no zero or one hides a mistake."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.05)
+    return model.eval()
+
+
+def images(size=64, channels=3):
+    return torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_every_hybrid_has_timms_names_and_shapes_at_full_size(name):
+    with torch.device("meta"):
+        ours = timm.create_model(name, num_classes=7)
+        theirs = timm.create_model(HYBRIDS[name], num_classes=7)
+    shapes = [(k, tuple(v.shape)) for k, v in ours.state_dict().items()]
+    assert shapes == [(k, tuple(v.shape)) for k, v in theirs.state_dict().items()]
+
+
+@pytest.mark.parametrize("name", ["vitflower_hybrid_r_ti16", "vitflower_hybrid_r26_s32",
+                                  "vitflower_hybrid_r50_b16"])  # fmt: skip
+def test_hybrids_give_timms_outputs(name):
+    ours = scatter(timm.create_model(name, **SMALL))
+    theirs = timm.create_model(HYBRIDS[name], **SMALL).eval()
+    theirs.load_state_dict(ours.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images()), theirs(images()), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "pixels"),
+    [("r_ti16", 32), ("r26_s32", 32), ("r50_b16", 16), ("r50_b32", 32), ("r50_l16", 16),
+     ("r50_l32", 32)],
+)  # fmt: skip
+def test_the_grid_is_the_papers(name, pixels):
+    with torch.device("meta"):
+        embed = timm.create_model(f"vitflower_hybrid_{name}", depth=1).patch_embed
+    assert embed.feat_ratio() == pixels
+    assert embed.grid_size == (224 // pixels, 224 // pixels)
+
+
+def test_any_timm_cnn_gives_the_map_that_timms_own_hybrid_reads():
+    ours = scatter(timm.create_model("vitflower_b16", patch_size=1, embed="resnet26d", **SMALL))
+    theirs = timm.create_model("vit_base_resnet26d_224", **SMALL).eval()
+    assert list(theirs.state_dict()) == list(ours.state_dict())
+    theirs.load_state_dict(ours.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images()), theirs(images()), atol=1e-5, rtol=1e-5)
+
+
+def test_a_stage_chooses_the_map():
+    cells = {}
+    for stage in (None, 2, 3):
+        model = timm.create_model("vitflower_b16", embed_stage=stage, **(SMALL | ON_LITE))
+        cells[stage] = (model.patch_embed.stride, model.patch_embed.feature_dim)
+        assert model(images()).shape == (2, 5)
+    assert cells == {None: (32, 320), 2: (8, 40), 3: (16, 112)}
+
+
+def test_patches_of_the_map_images_of_another_size_and_sizes_on_the_fly():
+    model = timm.create_model("vitflower_b16", embed_stage=2, **(SMALL | ON_LITE)).eval()
+    model.set_input_size(96, patch_size=2)
+    assert model.patch_embed.grid_size == (6, 6)
+    assert model.patch_embed.num_patches == 36
+    assert model(images(96)).shape == (2, 5)
+    with pytest.raises(ValueError, match="image is 64 x 64 px, the model was built for 96 x 96"):
+        model(images())
+    moving = timm.create_model("vitflower_b16", dynamic_img_size=True, **(SMALL | ON_LITE)).eval()
+    assert moving(images(128)).shape == (2, 5)
+    with pytest.raises(RecipeError, match="side 80 px is not a multiple of the 32 px"):
+        moving(images(80))
+
+
+def test_what_cannot_be_an_embedding_is_refused_with_the_remedy():
+    def build(**options):
+        return timm.create_model("vitflower_b16", **(SMALL | ON_LITE | options))
+
+    with pytest.raises(RecipeError, match=r"no CNN 'resnet26e'.*\n.*resnet26"):
+        build(embed="resnet26e")
+    with pytest.raises(RecipeError, match="knows no CNN 'local-dir:/tmp'"):
+        build(embed="local-dir:/tmp")
+    with pytest.raises(RecipeError, match="no feature map 9 of tf_efficientnet_lite0"):
+        build(embed_stage=9)
+    with pytest.raises(RecipeError, match="'r26' has one feature map"):
+        build(embed="r26", embed_stage=1)
+    with pytest.raises(RecipeError, match=r"side 80 px is not .* 32 px.*\n.*use 64 or 96 px"):
+        build(img_size=80)
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def google_arrays(model):
+    """A model of timm's under Google's names, written from timm's reader of those files."""
+    out = {}
+    state = {k: v.numpy() for k, v in model.state_dict().items()}
+    for name, value in state.items():
+        value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value
+        parts = name.split(".")
+        if name.startswith("patch_embed.backbone."):
+            kind = {"weight": "kernel" if value.ndim == 4 else "scale", "bias": "bias"}[parts[-1]]
+            value = value if value.ndim == 4 else value.reshape(1, 1, 1, -1)
+            if "stages" not in name:
+                layer = {"conv": "conv_root", "norm": "gn_root"}[parts[-2]]
+            else:
+                layer = parts[-2].replace("norm", "gn")
+                layer = {"conv": "conv_proj", "gn": "gn_proj"}.get(layer, layer)
+                layer = f"block{int(parts[3]) + 1}/unit{int(parts[5]) + 1}/{layer}"
+            out[f"{layer}/{kind}"] = value
+        elif parts[0] == "blocks":
+            _block(out, f"Transformer/encoderblock_{parts[1]}/", parts[2:], value)
+        else:
+            kind = {"weight": "scale" if value.ndim == 1 else "kernel"}.get(parts[-1], parts[-1])
+            where = {"cls_token": "cls", "patch_embed": f"embedding/{kind}",
+                     "pos_embed": "Transformer/posembed_input/pos_embedding",
+                     "norm": f"Transformer/encoder_norm/{kind}",
+                     "head": f"head/{kind}"}[parts[0]]  # fmt: skip
+            out[where] = value.T if parts[0] == "head" else value
+    return {k: np.ascontiguousarray(v) for k, v in out.items()}
+
+
+def _block(out, where, parts, value):
+    kind = "bias" if parts[-1] == "bias" else "kernel"
+    if parts[0] in ("norm1", "norm2"):
+        norm = {"norm1": 0, "norm2": 2}[parts[0]]
+        out[f"{where}LayerNorm_{norm}/{'bias' if kind == 'bias' else 'scale'}"] = value
+    elif parts[0] == "mlp":
+        out[f"{where}MlpBlock_3/Dense_{int(parts[1][-1]) - 1}/{kind}"] = value.T
+    elif parts[1] == "proj":
+        heads = (2, -1) if kind == "kernel" else (-1,)
+        value = value.T.reshape(*heads, value.shape[0]) if kind == "kernel" else value
+        out[f"{where}MultiHeadDotProductAttention_1/out/{kind}"] = value
+    else:
+        for name, piece in zip(("query", "key", "value"), np.split(value, 3), strict=True):
+            shaped = piece.T.reshape(piece.shape[1], 2, -1) if kind == "kernel" else piece
+            shaped = shaped if kind == "kernel" else shaped.reshape(2, -1)
+            out[f"{where}MultiHeadDotProductAttention_1/{name}/{kind}"] = shaped
+
+
+@pytest.mark.parametrize("name", ["vitflower_hybrid_r_ti16", "vitflower_hybrid_r26_s32"])
+@pytest.mark.parametrize("channels", [3, 1])
+def test_google_npz_of_a_hybrid_equals_timms_reader(tmp_path, name, channels):
+    tiny = SMALL | {"embed_dim": 32, "num_heads": 2, "in_chans": channels}
+    source = scatter(timm.create_model(HYBRIDS[name], **(tiny | {"in_chans": 3})))
+    np.savez(tmp_path / "w.npz", **google_arrays(source))
+    theirs = timm.create_model(HYBRIDS[name], **tiny).eval()
+    theirs.load_pretrained(str(tmp_path / "w.npz"))
+    ours = timm.create_model(name, **tiny).eval()
+    whole, match, notes = weights.complete(weights.read(tmp_path / "w.npz"), ours)
+    ours.load_state_dict(whole)
+    assert (match.dropped, match.new) == ({}, ())
+    assert any("1 colour channels" in note for note in notes) is (channels == 1)
+    x = images(channels=channels)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-5)
+    title = "Google JAX (vision_transformer or big_vision), hybrid"
+    assert convert.convert(weights.read(tmp_path / "w.npz")).layout == title
+
+
+@pytest.mark.parametrize("name", [k for k in vit.SIZES if "hybrid" in k])
+def test_inspect_knows_every_hybrid_from_its_file(tmp_path, name):
+    with torch.device("meta"):
+        state = timm.create_model(name, num_classes=7).state_dict()
+    torch.save({k: torch.tensor(0.1).expand(v.shape) for k, v in state.items()}, tmp_path / "w.pth")
+    found = twin.inspect(tmp_path / "w.pth")
+    assert (found.model, found.twin) == (name, HYBRIDS.get(name, ""))
+    assert (found.img_size, found.options) == (224, {"num_classes": 7})
+    assert found.layout == "timm, hybrid"
+
+
+def test_check_measures_a_hybrid_against_timms(tmp_path):
+    tiny = {"embed_dim": 32, "num_heads": 2, "depth": 2}
+    source = scatter(timm.create_model("vit_small_r26_s32_224", **SMALL | tiny))
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    found = twin.compare(tmp_path / "w.pth", "vitflower_hybrid_r26_s32", options=tiny)
+    assert (found.by, found.left_over, len(found.blocks)) == ("timm", {}, 2)
+    assert max(*found.blocks, found.logits) < 1e-5
+
+
+def test_a_hybrids_file_in_a_plain_vit_is_refused_with_the_cause():
+    hybrid = timm.create_model("vitflower_b16", **(SMALL | ON_LITE))
+    plain = timm.create_model("vitflower_b16", **(SMALL | {"embed_dim": 32, "num_heads": 2}))
+    with pytest.raises(
+        WeightsError, match="patch 1 of a CNN's map; the model has 2 blocks of width 32, patch 16"
+    ):
+        weights.complete(hybrid.state_dict(), plain)
+    with pytest.raises(WeightsError, match="the model has 2 blocks of width 32, patch 1 of a CNN"):
+        weights.complete(plain.state_dict(), hybrid)
+
+
+def test_check_fills_a_model_of_timms_alone_in_both_ways(tmp_path):
+    net = timm.create_model("resnet10t", num_classes=4)
+    save_file(net.state_dict(), tmp_path / "mine.safetensors")
+    found = twin.compare(tmp_path / "mine.safetensors", "resnet10t")
+    assert (found.logits, found.left_over, len(found.blocks)) == (0.0, {}, 5)
+    lines = found.lines()
+    assert lines[0] == "timm's resnet10t, filled by vitft and by timm, built with num_classes=4"
+    with pytest.raises(RecipeError, match="'no_such_net' has no twin here"):
+        twin.compare(tmp_path / "mine.safetensors", "no_such_net")
+
+
+# --- positions -----------------------------------------------------------------------------------
+
+
+def test_two_dimensional_positions_are_a_row_half_and_a_column_half():
+    model = timm.create_model(
+        "vitflower_b16", pos_embed="learned2d", patch_size=16, embed_dim=8, num_heads=2,
+        **(SMALL | {"img_size": (32, 48)}),
+    )  # fmt: skip
+    table = model.position_table()[0]  # [1 + 2 * 3, 8]
+    assert table.shape == (7, 8)
+    assert not table[0].any()  # the class token is its own position
+    for row in range(2):
+        for column in range(3):
+            token = table[1 + 3 * row + column]
+            torch.testing.assert_close(token[:4], model.pos_embed_y[0, row])
+            torch.testing.assert_close(token[4:], model.pos_embed_x[0, column])
+    model(torch.randn(1, 3, 32, 48)).sum().backward()
+    assert model.pos_embed_x.grad.abs().sum() > 0
+    assert {"pos_embed_x", "pos_embed_y"} <= model.no_weight_decay()
+
+
+def test_two_dimensional_positions_stretch_with_the_image():
+    options = {"pos_embed": "learned2d", "patch_size": 16, "embed_dim": 8, "num_heads": 2}
+    model = timm.create_model("vitflower_b16", **(SMALL | options | {"dynamic_img_size": True}))
+    x = torch.randn(1, 3, 96, 64)
+    moving = model.eval()(x)
+    model.set_input_size((96, 64))
+    assert model.pos_embed_y.shape == (1, 6, 4)
+    torch.testing.assert_close(model(x), moving)
+    with pytest.raises(RecipeError, match="learned2d halves the width, got 9"):
+        timm.create_model("vitflower_b16", **(SMALL | options | {"embed_dim": 9, "num_heads": 3}))

@@ -1,0 +1,214 @@
+"""The hybrid's patch embedding: a CNN's feature map, cut into patches instead of the image.
+
+In: normalised images [B, 3, S, S]. Out: tokens [B, P, D]. The CNN halves the image several times,
+to `stride` px per cell of its map; patches of the map (1 x 1 in the paper) are projected to the
+width. The CNN is one of the paper's BiT ResNets by its short name, or the feature extractor of any
+timm model that has one. Attributes are named so that their dotted names are the keys of timm's
+hybrids.
+
+Source: Dosovitskiy et al., 2021 (arXiv 2010.11929), section 3.1; the small ones are those of
+Steiner et al., How to train your ViT?, 2021 (arXiv 2106.10270).
+"""
+
+import difflib
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import timm
+import torch
+from timm.layers._fx import register_notrace_module
+from timm.layers.patch_embed import resample_patch_embed
+from timm.layers.std_conv import StdConv2dSame
+from timm.models.resnetv2 import ResNetV2, create_resnetv2_stem
+from torch import Tensor, nn
+
+from vitft.errors import RecipeError, VitftError
+
+Pair = tuple[int, int]
+
+# blocks per stage; the paper's 16-px variant has stage 4's blocks in stage 3, for a finer map
+RESNETS: dict[str, tuple[int, ...]] = {
+    "r": (),  # the stem alone, 4 px per cell
+    "r26": (2, 2, 2, 2),  # 32 px
+    "r50": (3, 4, 6, 3),  # 32 px
+    "r50_fine": (3, 4, 9),  # 16 px
+}
+
+
+def build_cnn(name: str, in_chans: int, stage: int | None, **factory: Any) -> nn.Module:
+    """The CNN alone, random: a BiT ResNet with group norm, or a timm model up to one feature map.
+
+    Args:
+        name: A key of `RESNETS`, or a timm name.
+        in_chans: Colour channels.
+        stage: Which of timm's feature maps, from 0; None for the last.
+        factory: Device and dtype.
+
+    Raises:
+        RecipeError: `model.embed`: no such name, no such map, or no maps at all.
+    """
+    if name in RESNETS:
+        if stage is not None:
+            raise _refused(f"{name!r} has one feature map", "leave embed_stage out")
+        return _resnet(RESNETS[name], in_chans, factory)
+    if ":" in name or not timm.is_model(name):
+        near = difflib.get_close_matches(name, [*RESNETS, *timm.list_models()], n=3)
+        fix = f"did you mean {', '.join(near)}?" if near else f"use {', '.join(RESNETS)} or timm's"
+        raise _refused(f"knows no CNN {name!r}", fix)
+    given: dict[str, Any] = {k: v for k, v in factory.items() if v is not None}
+    try:
+        cnn: Any = timm.create_model(
+            name, features_only=True, out_indices=[-1 if stage is None else stage],
+            in_chans=in_chans, **given,
+        )  # fmt: skip
+        channels, pixels = cnn.feature_info.channels(), cnn.feature_info.reduction()
+    except (TypeError, AssertionError, ValueError, RuntimeError, AttributeError, IndexError) as e:
+        text = f"timm gives no feature map {'' if stage is None else stage} of {name}: {e}"
+        raise _refused(text[:300], "choose a CNN such as resnet26d, or another stage") from e
+    if len(channels) != 1 or int(pixels[0]) < 1:
+        raise _refused(f"{name} does not say how many pixels a cell covers", "choose another CNN")
+    built: nn.Module = cnn
+    return built
+
+
+def _resnet(layers: tuple[int, ...], in_chans: int, factory: dict[str, Any]) -> nn.Module:
+    conv = partial(StdConv2dSame, eps=1e-8)
+    common: dict[str, Any] = {"stem_type": "same", "preact": False, "conv_layer": conv, **factory}
+    if not layers:
+        stem: nn.Module = create_resnetv2_stem(in_chans, **common)
+        return stem
+    return ResNetV2(list(layers), num_classes=0, global_pool="", in_chans=in_chans, **common)
+
+
+def map_of(cnn: Any, name: str) -> Pair:
+    """Channels of the CNN's map, and pixels per cell."""
+    if name not in RESNETS:
+        return int(cnn.feature_info.channels()[-1]), int(cnn.feature_info.reduction()[-1])
+    stages = len(RESNETS[name])
+    return (256 * 2 ** (stages - 1), 4 * 2 ** (stages - 1)) if stages else (64, 4)
+
+
+def _refused(rule: str, fix: str) -> VitftError:
+    return RecipeError.of("model.embed", "model.embed", rule, fix)
+
+
+def _pair(size: int | Sequence[int]) -> Pair:
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(height), int(width)
+
+
+@register_notrace_module  # its size check branches on shapes, which torch.fx cannot follow
+class HybridEmbed(nn.Module):
+    """Sends the image through a CNN and projects each cell of its last map to the width.
+
+    It answers to what `vit.PatchEmbed` answers to; `patch_size` counts cells of the map.
+
+    Args:
+        cnn: See `build_cnn`.
+        img_size: Height and width, px; a multiple of the pixels per token.
+        patch_size: Cells of the map per token.
+        in_chans: Colour channels.
+        width: D.
+        stage: See `build_cnn`.
+        bias: Of the projection.
+        strict_img_size: Refuse images of another size.
+        factory: Device and dtype.
+
+    Raises:
+        RecipeError: `model.embed` or `model.img_size`.
+    """
+
+    def __init__(
+        self,
+        cnn: str,
+        img_size: int | Sequence[int],
+        patch_size: int | Sequence[int],
+        in_chans: int,
+        width: int,
+        *,
+        stage: int | None = None,
+        bias: bool = True,
+        strict_img_size: bool = True,
+        **factory: Any,
+    ) -> None:
+        super().__init__()
+        self.img_size, self.patch_size = _pair(img_size), _pair(patch_size)
+        self.strict_img_size = strict_img_size
+        self.backbone: Any = build_cnn(cnn, in_chans, stage, **factory)
+        self.feature_dim, self.stride = map_of(self.backbone, cnn)
+        self.grid_size = self.grid_of(self.img_size, self.patch_size)
+        self.proj = nn.Conv2d(
+            self.feature_dim, width, self.patch_size, self.patch_size, bias=bias, **factory
+        )
+
+    @property
+    def num_patches(self) -> int:
+        """P."""
+        return self.grid_size[0] * self.grid_size[1]
+
+    def feat_ratio(self, as_scalar: bool = True) -> int | Pair:
+        """Pixels per token."""
+        pixels = (self.stride * self.patch_size[0], self.stride * self.patch_size[1])
+        return max(pixels) if as_scalar else pixels
+
+    def dynamic_feat_size(self, img_size: Pair) -> Pair:
+        """Grid of tokens for an image of this height and width."""
+        step = self.stride * self.patch_size[0], self.stride * self.patch_size[1]
+        return img_size[0] // step[0], img_size[1] // step[1]
+
+    def grid_of(self, img_size: Pair, patch_size: Pair, place: str = "model.img_size") -> Pair:
+        """Grid of tokens; an image that they do not tile is refused."""
+        step = self.stride * patch_size[0], self.stride * patch_size[1]
+        for side, pixels in zip(img_size, step, strict=True):
+            if side < pixels or side % pixels:
+                low = max(side // pixels, 1) * pixels
+                rule = f"side {side} px is not a multiple of the {pixels} px that a token covers"
+                fix = f"use {low} or {low + pixels} px instead"
+                raise RecipeError.of("model.img_size", place, rule, fix)
+        return img_size[0] // step[0], img_size[1] // step[1]
+
+    def set_input_size(
+        self,
+        img_size: int | Sequence[int] | None = None,
+        patch_size: int | Sequence[int] | None = None,
+    ) -> None:
+        """Takes images of another size, or another number of cells per token."""
+        image = self.img_size if img_size is None else _pair(img_size)
+        patch = self.patch_size if patch_size is None else _pair(patch_size)
+        self.grid_size = self.grid_of(image, patch)
+        if patch != self.patch_size:
+            self.proj = resampled(self.proj, patch)
+        self.img_size, self.patch_size = image, patch
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recomputes the CNN's activations too, where it can."""
+        if hasattr(self.backbone, "set_grad_checkpointing"):
+            self.backbone.set_grad_checkpointing(enable=enable)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, S, S] -> [B, P, D]."""
+        size = (int(images.shape[-2]), int(images.shape[-1]))
+        if self.strict_img_size and size != self.img_size:
+            raise ValueError(
+                f"image is {size[0]} x {size[1]} px, the model was built for {self.img_size[0]} x "
+                f"{self.img_size[1]}; resize it, or build with img_size= or dynamic_img_size=True"
+            )
+        if not self.strict_img_size:
+            self.grid_of(size, self.patch_size, "image")
+        maps = self.backbone(images)
+        x: Tensor = maps[-1] if isinstance(maps, list | tuple) else maps  # [B, feature_dim, G', G']
+        x = self.proj(x)  # [B, D, G, G]
+        return x.flatten(2).transpose(1, 2)  # [B, P, D]
+
+
+def resampled(old: nn.Conv2d, patch: Pair) -> nn.Conv2d:
+    """A patch kernel of another size that keeps its answers as far as it can."""
+    bias = old.bias is not None
+    factory: dict[str, Any] = {"device": old.weight.device, "dtype": old.weight.dtype}
+    new = nn.Conv2d(old.in_channels, old.out_channels, patch, patch, bias=bias, **factory)
+    with torch.no_grad():
+        new.weight.copy_(resample_patch_embed(old.weight, list(patch)))
+    new.weight.requires_grad_(old.weight.requires_grad)
+    new.bias = old.bias
+    return new.train(old.training)
