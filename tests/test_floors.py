@@ -14,7 +14,7 @@ FLOORS = (
     # words, numbers and plain values
     "errors stats kernels encode schema strict_yaml charts figures split threads",
     # files and what they hold
-    "io raw convert tensorfile inputs folders table ledger recipe pages doubt trust evaluate "
+    "io raw ranks convert tensorfile inputs folders table ledger recipe pages doubt trust evaluate "
     "suspects hybrid",
     "console images weights checkpoint gallery sources unpack",
     # data, models and arrays

@@ -3,24 +3,18 @@
 A killed run that is resumed must end with the bits of an undisturbed one.
 """
 
-import json
-import os
 import random
 import re
 import shlex
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import TINY as TINY_RECIPE
 from conftest import paint
 from rows import contents
-from safetensors.torch import load_file
+from runs import Process, Runs, assert_equal_runs
 
 from vitft import io
 
@@ -28,153 +22,17 @@ pytestmark = pytest.mark.skipif(
     not Path("/proc/self").exists(), reason="looks processes up in /proc"
 )
 
-TESTS = Path(__file__).resolve().parent
-STRICT = ["trust.audit=false", "trust.suspects=false", "trust.calibrate=false"]
-ALL = [
-    *STRICT,
-    "train.mixup=0.2",
-    "train.ema=0.9",
-    "model.drop_path_rate=0.2",
-    "train.checkpoint_minutes=0",
-]
-
-
-class Runs:
-    """Starts runs of one recipe and sends them signals."""
-
-    def __init__(self, home: Path) -> None:
-        self.home, self.number = home, 0
-        environment = os.environ | {
-            "VITFT_CACHE": str(home / "cache"),
-            "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
-            "OMP_NUM_THREADS": "1",
-        }
-        self.zygote = subprocess.Popen(
-            [sys.executable, TESTS / "zygote.py"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-            cwd=home,
-        )
-        for k, (name, rgb) in enumerate(
-            {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}.items()
-        ):
-            for i in range(20):
-                paint(home / "photos" / name / f"{i:02d}.jpg", rgb, seed=100 * k + i)
-
-    def ask(self, **order: object) -> dict[str, int]:
-        self.zygote.stdin.write(json.dumps(order) + "\n")
-        self.zygote.stdin.flush()
-        return json.loads(self.zygote.stdout.readline())
-
-    def start(
-        self,
-        output: str,
-        *more: str,
-        mode: str = "full",
-        pace: float | None = None,
-        **order: object,
-    ) -> "Process":
-        recipe = self.home / f"{mode}.yaml"
-        recipe.write_text(
-            TINY_RECIPE.format(mode=mode, output=self.home / output, root=self.home / "photos")
-        )
-        keys = ALL if mode == "full" else STRICT
-        return self.command([str(recipe), *keys, *more], self.home / output, pace, **order)
-
-    def command(
-        self, argv: list[str], output: Path, pace: float | None = None, **order: object
-    ) -> "Process":
-        self.number += 1
-        out, err = (self.home / f"{self.number}.{name}" for name in ("out", "err"))
-        pid = self.ask(argv=argv, out=str(out), err=str(err), pace=pace, **order)["pid"]
-        return Process(self, pid, output, out, err)
-
-    def finish(self, output: str, *more: str) -> Path:
-        process = self.start(output, *more)
-        assert process.wait() == 0, process.err.read_text()
-        return process.folder()
-
-
-class Process:
-    """One run, in a session of its own."""
-
-    def __init__(self, runs: Runs, pid: int, output: Path, out: Path, err: Path) -> None:
-        self.runs, self.pid, self.output, self.out, self.err = runs, pid, output, out, err
-
-    def folder(self) -> Path:
-        return max(p for p in self.output.glob("*/2*") if p.is_dir())
-
-    def said(self) -> str:
-        return self.err.read_text() if self.err.exists() else ""
-
-    def until(self, text: str, seconds: float = 60) -> None:
-        deadline = time.monotonic() + seconds
-        while text not in self.said():
-            assert time.monotonic() < deadline, self.said()
-            assert self.runs.ask(wait=self.pid, seconds=0)["code"] is None, self.said()
-            time.sleep(0.01)
-
-    def send(self, number: int, *, group: bool = False) -> None:
-        (os.killpg if group else os.kill)(self.pid, number)
-
-    def wait(self, seconds: float = 120) -> int:
-        code = self.runs.ask(wait=self.pid, seconds=seconds)["code"]
-        assert code is not None, self.said()
-        return code
-
-    def leftovers(self) -> list[str]:
-        """Living processes of its session, and shared memory of its processes."""
-        alive = []
-        for status in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                fields = status.read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            if int(fields[3]) == self.pid and fields[0] != "Z":
-                alive.append(status.parent.name)
-        return alive + [p.name for p in Path("/dev/shm").glob(f"torch_{self.pid}_*")]
-
-    def leaves_nothing(self, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        while self.leftovers():
-            assert time.monotonic() < deadline, self.leftovers()
-            time.sleep(0.05)
-
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Iterator[Runs]:
     runs = Runs(tmp_path_factory.mktemp("signals"))
     yield runs
-    runs.zygote.stdin.close()
-    runs.zygote.wait(timeout=30)
-    runs.zygote.stdout.close()
+    runs.close()
 
 
 @pytest.fixture(scope="module")
 def undisturbed(runs) -> Path:
     return runs.finish("undisturbed")
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    assert io.verify_dir(folder / "model") == ()
-    return load_file(folder / "model" / "model.safetensors")
-
-
-def records(folder: Path) -> list[dict[str, object]]:
-    lines = io.read_lines(folder / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
-
-
-def assert_equal_runs(one: Path, other: Path) -> None:
-    """Weights bit for bit, every epoch's numbers, every prediction."""
-    a, b = tensors(one), tensors(other)
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    assert records(one) == records(other)
-    for name in ("predictions.csv", "confusion_matrix.csv", "split.csv"):
-        assert (one / name).read_bytes() == (other / name).read_bytes()
 
 
 def resume_command(process: Process) -> list[str]:

@@ -1,4 +1,4 @@
-"""Runs `vitft run` again and again as processes of their own, and imports torch once.
+"""Runs `vitft run` again and again as processes of their own; torch is imported once.
 
     python zygote.py            one JSON object per line in, one per line out
 
@@ -8,7 +8,8 @@
 Each run is a fork with a session of its own that never used torch before, so it is what a shell
 would start, minus six seconds of imports. `pace: SECONDS` stretches every update and writes its
 number to stderr, so that a test can send a signal at a known step; `stop_after: N` sends SIGTERM
-in the midst of that update; `hang_up: true` closes the reader of stdout.
+in the midst of that update; `hang_up: true` closes the reader of stdout; `env` adds variables.
+`room: N` lets no more than N images of a batch fit into memory.
 """
 
 import json
@@ -18,7 +19,9 @@ import sys
 import time
 from typing import Any
 
-import torch  # noqa: F401  (once, for all)
+import sklearn.metrics  # noqa: F401
+import torch
+from timm.task import ClassificationTask
 
 from vitft import run, train
 from vitft.cli import door
@@ -27,18 +30,30 @@ from vitft.cli import door
 def paced(seconds: float, stop_after: int | None) -> None:
     update = train.Trainer._update
 
-    def slowly(self: train.Trainer, pending: list[train.Batch]) -> None:
+    def slowly(self: train.Trainer, *batches: Any) -> None:
         if self.state.step + 1 == stop_after:
             os.kill(os.getpid(), signal.SIGTERM)
-        update(self, pending)
+        update(self, *batches)
         os.write(2, f"update {self.state.step}\n".encode())
         time.sleep(seconds)
 
     train.Trainer._update = slowly  # type: ignore[method-assign]
 
 
+def crowded(room: int) -> None:
+    forward = ClassificationTask.forward
+
+    def fitting(self: ClassificationTask, x: torch.Tensor, y: torch.Tensor) -> Any:
+        if len(x) > room:
+            raise torch.cuda.OutOfMemoryError("no room")
+        return forward(self, x, y)
+
+    ClassificationTask.forward = fitting  # type: ignore[method-assign]
+
+
 def child(order: dict[str, Any]) -> None:
     os.setsid()
+    os.environ.update(order.get("env", {}))
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests under nohup would hand an ignored one down
     for name, number in (("out", 1), ("err", 2)):
         if name in order:
@@ -51,6 +66,8 @@ def child(order: dict[str, Any]) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     if "stop_after" in order or order.get("pace") is not None:
         paced(order.get("pace") or 0.0, order.get("stop_after"))
+    if "room" in order:
+        crowded(order["room"])
     sys.stdout = os.fdopen(1, "w", closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     code = door(run.main, order["argv"])

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vitft import features, model
@@ -24,6 +25,7 @@ from vitft.evaluate import Predictions, fixed_batch, in_fixed_shape
 from vitft.features import Views
 from vitft.loaders import Photos
 from vitft.prepare import Prepared, batch_size
+from vitft.ranks import ALONE, Ranks
 from vitft.store import Space, make_key
 
 LIMIT = 1e-4  # relative difference of logits, above which the cut is not clean
@@ -96,6 +98,8 @@ class Kept:
 
     def tokens(self, rows: Sequence[int], views: Sequence[int]) -> Tensor:
         """[B, T, D] float32 of some rows, each in its view."""
+        if not len(rows):
+            return torch.empty(0, *self.shape)
         keys = [make_key(self.photos.sha256[r], v) for r, v in zip(rows, views, strict=True)]
         found = np.stack([self.space.get(key) for key in keys])
         return torch.from_numpy(found).view(len(rows), *self.shape)
@@ -104,7 +108,16 @@ class Kept:
 class Tokens(Views):
     """Kept activations as batches for the loop; each epoch draws one view per photograph."""
 
-    def __init__(self, kept: Kept, *, batch_size: int, seed: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        kept: Kept,
+        *,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.ranks = ranks
         self.kept, self.views = kept, kept.views
         self.y = torch.as_tensor(kept.photos.labels, device=device)
         self.batch_size, self.seed, self.files = batch_size, seed, kept.photos.files
@@ -133,6 +146,7 @@ def keep(p: Prepared, split: str, *, views: int) -> Kept:
         dtype=p.recipe.head.feature_dtype,
         workers=p.recipe.train.workers,
         what="activations",
+        ranks=p.ranks,
     )
     reused = views * len(photos) - computed
     say(f"activations before the last {blocks} blocks: {computed:,} computed, {reused:,} reused")
@@ -187,17 +201,19 @@ def check_budget(p: Prepared, views: int) -> None:
 def batches(p: Prepared, kept: Kept) -> Tokens:
     """The training batches."""
     size = batch_size(p.recipe.train, p.device)
-    return Tokens(kept, batch_size=size, seed=p.recipe.seed, device=p.device)
+    return Tokens(kept, batch_size=size, seed=p.recipe.seed, device=p.device, ranks=p.ranks)
 
 
 @torch.inference_mode()
-def predict(net: nn.Module, kept: Kept, device: torch.device) -> Predictions:
-    """What a tail says of a split, as the whole model would."""
+def predict(
+    net: nn.Module, kept: Kept, device: torch.device, rows: NDArray[np.int64] | None = None
+) -> Predictions:
+    """What a tail says of a split, or of some of its rows, as the whole model would."""
     net.eval()
-    count, size = len(kept.photos), fixed_batch(device)
+    wanted = np.arange(len(kept.photos)) if rows is None else rows
     parts = []
-    for start in range(0, count, size):
-        rows = range(start, min(start + size, count))
-        tokens = kept.tokens(rows, [0] * len(rows)).to(device)
+    for start in range(0, len(wanted), fixed_batch(device)):
+        some = wanted[start : start + fixed_batch(device)].tolist()
+        tokens = kept.tokens(some, [0] * len(some)).to(device)
         parts.append(in_fixed_shape(net, tokens).float().cpu())
-    return Predictions(torch.cat(parts).numpy(), kept.photos.labels)
+    return Predictions(torch.cat(parts).numpy(), kept.photos.labels[wanted])

@@ -191,12 +191,13 @@ def _ended(error: BaseException, debug: bool) -> int:
     if isinstance(error, VitftError):
         _tell(f"{error}\n")
         return error.exit_code
+    quiet = console.logger.disabled  # a signal comes to every process of a run, one tells of it
     if isinstance(error, KeyboardInterrupt):
-        _tell("stopped by Ctrl-C\n")
+        _tell("stopped by Ctrl-C\n" * (not quiet))
         return 128 + signal.SIGINT
     signum = getattr(error, "signum", None)  # ours, or a training loop that saved first
     if signum is not None:
-        _tell(f"stopped by {signal.Signals(signum).name}\n")
+        _tell(f"stopped by {signal.Signals(signum).name}\n" * (not quiet))
         return 128 + (signal.SIGINT if signum == signal.SIGINT else signal.SIGTERM)
     return _foreign(error, debug)
 

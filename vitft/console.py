@@ -41,7 +41,9 @@ def track(
         what: Such as `features`, shown before the count.
         size: What an item counts for, such as the length of a batch.
     """
-    if sys.stderr.isatty() and total > 1:
+    if logger.disabled:
+        yield from items
+    elif sys.stderr.isatty() and total > 1:
         yield from _bar(items, total, what, size)
     else:
         yield from _lines(items, total, what, size)
@@ -90,6 +92,11 @@ def setup(level: int = logging.INFO, log_file: Path | None = None) -> None:
         handler = io.open_log(log_file)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(handler)
+
+
+def silence() -> None:
+    """For the processes of a run that are not to speak: no line and no bar."""
+    logger.disabled = True
 
 
 def close_log() -> None:

@@ -22,7 +22,8 @@ from vitft.console import say, track
 from vitft.errors import VitftError
 from vitft.evaluate import fixed_batch, in_fixed_shape
 from vitft.inputs import derive_seed, permutation
-from vitft.loaders import Batches, Photos
+from vitft.loaders import Batches, Photos, worker_count
+from vitft.ranks import ALONE, Ranks
 from vitft.store import Key, Space, make_key
 
 FLUSH = 2.0  # seconds of work that a kill may lose
@@ -57,6 +58,7 @@ def extract(
     dtype: str = "float32",
     workers: int | str = "auto",
     root: Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> Features:
     """Features of every photograph, from the store or computed and stored.
 
@@ -69,6 +71,7 @@ def extract(
         dtype: As stored, `float32` or `float16`.
         workers: Of the loader.
         root: Of the store; default the user's cache.
+        ranks: Share what is missing among them.
 
     Raises:
         VitftError: `model.features`: the head on these features would not be the model.
@@ -83,8 +86,9 @@ def extract(
         dtype=dtype,
         workers=workers,
         root=root,
+        ranks=ranks,
     )
-    if computed:
+    if computed and ranks.first:
         space.merge()
     keys = [[make_key(s, v) for s in photos.sha256] for v in range(views)]
     x = np.stack([np.stack([space.get(k) for k in row]) for row in keys])  # [V, N, D]
@@ -105,6 +109,7 @@ def fill(
     workers: int | str = "auto",
     root: Path | None = None,
     what: str = "features",
+    ranks: Ranks = ALONE,
 ) -> tuple[Space, int]:
     """A store that holds a row for every photograph and view, and how many were computed now.
 
@@ -118,13 +123,29 @@ def fill(
         workers: Of the loader.
         root: Of the store.
         what: The word for the progress line.
+        ranks: Each computes every n-th missing row; whoever cannot see what another wrote, since
+            they have no cache folder in common, computes that too.
     """
-    space = Space(_about(photos, backbone_key, device), dtype, root)
-    missing = {v: _missing(space, photos, v) for v in range(views)}
-    total = sum(len(rows) for rows in missing.values())
-    if total:
+
+    def opened() -> tuple[Space, dict[int, NDArray[np.int64]], int]:
+        space = Space(_about(photos, backbone_key, device), dtype, root)
+        missing = {v: _missing(space, photos, v) for v in range(views)}
+        ranks.meet()  # nobody writes, or merges, before all have looked
+        return space, missing, sum(len(rows) for rows in missing.values())
+
+    def compute(space: Space, missing: dict[int, NDArray[np.int64]]) -> None:
         with torch.inference_mode():
-            _compute(space, forward, photos, missing, device, workers, what)
+            _compute(space, forward, photos, missing, device, workers, what, ranks.here)
+
+    space, missing, total = opened()
+    if ranks.world > 1 and ranks.greatest(total):
+        share = {v: rows[ranks.rank :: ranks.world] for v, rows in missing.items()}
+        ranks.agreed(lambda: compute(space, share))
+        space, missing, left = opened()
+        if left:
+            compute(space, missing)
+    elif total:
+        compute(space, missing)
     return space, total
 
 
@@ -167,14 +188,17 @@ def _compute(
     device: torch.device,
     workers: int | str,
     what: str,
+    here: int,
 ) -> None:
+    if not any(len(rows) for rows in missing.values()):
+        return
     batches = Batches(
         photos,
         batch_size=fixed_batch(device),
         seed=photos.seed,
         shuffle=False,
         device=device,
-        workers=workers,
+        workers=worker_count(workers, device, here),
     )
     waiting: dict[Key, NDArray[np.float32]] = {}
     last, total = time.monotonic(), sum(len(rows) for rows in missing.values())
@@ -257,6 +281,7 @@ class Views:
         seed: Order and views are pure functions of (seed, epoch).
         device: Where the batches go; the whole table is kept there.
         names: Rows -> files, for error texts.
+        ranks: Each gets its share of every batch.
     """
 
     def __init__(
@@ -267,7 +292,9 @@ class Views:
         seed: int,
         device: torch.device,
         names: Sequence[Path],
+        ranks: Ranks = ALONE,
     ) -> None:
+        self.ranks = ranks
         self.x = torch.as_tensor(cached.x).to(device)  # [V, N, D]
         self.y = torch.as_tensor(cached.y).to(device)
         self.views = len(self.x)
@@ -281,7 +308,8 @@ class Views:
         n, device = len(self.y), self.y.device
         order = torch.as_tensor(permutation(n, self.seed, epoch), device=device)
         drawn = self.drawn(epoch).to(device)
-        for rows in torch.split(order, self.batch_size)[start:]:
+        for batch in torch.split(order, self.batch_size)[start:]:
+            rows = batch[self.ranks.share(len(batch))] if self.ranks.world > 1 else batch
             yield self.take(drawn[rows], rows), self.y[rows], rows
 
     def drawn(self, epoch: int) -> Tensor:

@@ -161,7 +161,7 @@ def _other_machine(folder: Path, now: dict[str, Any]) -> Iterator[str]:
     """What is no mistake to change, and can still change the last bits."""
     try:
         then = json.loads((folder / "env.json").read_text("utf-8"))
-        for key in ("device", "device_name", "threads", "versions"):
+        for key in ("device", "device_name", "threads", "processes", "versions"):
             if then[key] != now[key]:
                 yield f"{key} was {then[key]}, now {now[key]}"
     except (OSError, ValueError, KeyError, TypeError):

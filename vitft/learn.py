@@ -5,7 +5,10 @@
     full    photographs                     -> the training loop over all, or the last K blocks
 
 What comes after (evaluation, report, export, prediction) never asks which one it was. The test
-photographs are not touched here.
+photographs are not learned from.
+
+Several ranks share the features of all modes. What is solved or trained on features alone is the
+first rank's work; where photographs run through the model being trained, all make its steps.
 """
 
 from collections.abc import Callable
@@ -25,7 +28,7 @@ from vitft.errors import VitftError
 from vitft.evaluate import Predictions
 from vitft.features import Features
 from vitft.inputs import derive_seed
-from vitft.prepare import Prepared, batch_size, class_weight
+from vitft.prepare import Prepared, batch_size, class_weight, trains_model
 
 MIDDLE = 1e-2  # strength where none was chosen: on flowers within the plateau of the path
 
@@ -72,6 +75,24 @@ class Hooks:
     listen: Callable[[], AbstractContextManager[Callable[[], int | None]]] = lambda: nullcontext(
         lambda: None
     )
+
+
+def share_features(p: Prepared) -> Prepared:
+    """Leaves the first rank alone with the features of every split, where these are all it needs.
+
+    Returns:
+        The run that goes on; the process of any other rank ends here.
+    """
+    if p.ranks.world == 1 or trains_model(p.recipe):
+        return p
+    model.freeze_backbone(p.net)
+    views = int(p.recipe.head.views) if p.recipe.mode in ("head", "ladder") else 1
+    for split in ("train", "val", "test"):
+        if len(p.index.rows(split)):
+            extract(p, split)
+    if views > 1:
+        extract(p, "train", views=views)
+    return replace(p, ranks=p.ranks.alone())
 
 
 def learn(p: Prepared, hooks: Hooks) -> Learned:
@@ -180,7 +201,7 @@ def fine_tune(p: Prepared, hooks: Hooks) -> Learned:
 
 def _fit_tail(p: Prepared, hooks: Hooks, views: int) -> Learned:
     """The last blocks on activations that were computed once; the front is proven unchanged."""
-    boundary.check_budget(p, views)
+    p.ranks.agreed(lambda: boundary.check_budget(p, views))
     frozen = model.frozen_fingerprint(p.net)
     _init_head(p, lambda: extract(p, "train"))
     kept, val = boundary.keep(p, "train", views=views), boundary.keep(p, "val", views=1)
@@ -190,7 +211,7 @@ def _fit_tail(p: Prepared, hooks: Hooks, views: int) -> Learned:
         part,
         boundary.batches(p, kept),
         hooks,
-        predict=lambda net: boundary.predict(net, val, p.device),
+        predict=_shared(p, "val", lambda net, rows: boundary.predict(net, val, p.device, rows)),
     )
     p.net.eval()
     if model.frozen_fingerprint(p.net) != frozen:
@@ -209,16 +230,18 @@ def _init_head(p: Prepared, train_features: Callable[[], Features]) -> None:
 
         train_rows, val = train_features(), extract(p, "val")
         spec = p.recipe.probe
-        solved = probe.logistic_path(
-            train_rows.x[0],
-            train_rows.y,
-            val.x[0],
-            val.y,
-            classes=len(p.index.classes),
-            strengths=spec.strengths,
-            tol=spec.tol,
-            max_iter=spec.max_iter,
-            device=p.device,
+        solved = p.ranks.first_does(
+            lambda: probe.logistic_path(
+                train_rows.x[0],
+                train_rows.y,
+                val.x[0],
+                val.y,
+                classes=len(p.index.classes),
+                strengths=spec.strengths,
+                tol=spec.tol,
+                max_iter=spec.max_iter,
+                device=p.device,
+            )
         )
         model.set_head(p.net, torch.as_tensor(solved.weight), torch.as_tensor(solved.bias))
 
@@ -244,6 +267,7 @@ def _fit(
             on_record=hooks.on_record,
             save=hooks.save,
             stop=stop,
+            ranks=p.ranks,
         )
         return trainer.fit(hooks.resume)
 
@@ -261,8 +285,33 @@ def _validation(predict: Callable[[nn.Module], Predictions]) -> train.Validate:
 
 def _of_model(p: Prepared) -> Callable[[nn.Module], Predictions]:
     """A whole model's answers on the photographs of val."""
-    photos, autocast = p.photos("val"), p.device.type == "cuda"
-    return lambda net: evaluate.predict(net, p.batches(photos).epoch(0), autocast=autocast)
+    return lambda net: predictions(p, net, "val")
+
+
+def predictions(p: Prepared, net: nn.Module, split: str) -> Predictions:
+    """A whole model's answers on a split, one for each photograph."""
+    photos, autocast = p.photos(split), p.device.type == "cuda"
+
+    def predict(net: nn.Module, rows: Ints) -> Predictions:
+        return evaluate.predict(net, p.batches(photos).epoch(0, rows=rows), autocast=autocast)
+
+    return _shared(p, split, predict)(net)
+
+
+def _shared(
+    p: Prepared, split: str, predict: Callable[[nn.Module, Ints], Predictions]
+) -> Callable[[nn.Module], Predictions]:
+    """Each rank asks the model about its rows; all get all answers, and so decide alike."""
+    count = len(p.index.rows(split))
+    rows = p.ranks.share(count)
+
+    def ask(net: nn.Module) -> Predictions:
+        own = p.ranks.agreed(lambda: predict(net, rows) if len(rows) else None)
+        parts = [part for part in p.ranks.gather(own) if part is not None]
+        logits = np.concatenate([part.logits for part in parts])
+        return Predictions(logits, np.concatenate([part.labels for part in parts]))
+
+    return ask
 
 
 def _of_head(p: Prepared, val: Features) -> Callable[[nn.Module], Predictions]:
@@ -280,6 +329,7 @@ def extract(p: Prepared, split: str, *, views: int = 1) -> Features:
         backbone_key=f"{p.recipe.model.name} {model.backbone_fingerprint(p.net)}",
         dtype=p.recipe.head.feature_dtype,
         workers=p.recipe.train.workers,
+        ranks=p.ranks,
     )
 
 

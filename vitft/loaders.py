@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ from vitft.inputs import (
     pixels,
     seeded,
 )
+from vitft.ranks import ALONE, Ranks
 
 POLL = 2  # seconds between looks at the workers while a batch is awaited
 TIMEOUT = 120.0  # seconds without a batch before the workers are given up
@@ -124,20 +126,22 @@ class Photos(Dataset[Sample]):
 # ---- batches ------------------------------------------------------------------------------------
 
 
-def worker_count(workers: int | str, device: torch.device) -> int:
+def worker_count(workers: int | str, device: torch.device, here: int = 1) -> int:
     """How many processes decode.
 
     Args:
         workers: A number, or `auto`: none where a model computes on two cores or fewer (each would
             take its core), else one per core up to 8.
         device: Where the model computes.
+        here: Ranks that share the cores of this machine.
     """
     if workers != "auto":
         return int(workers)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if device.type == "cpu" and (cores or 1) <= 2:
+    cores = (cores or 1) // here
+    if device.type == "cpu" and cores <= 2:
         return 0
-    return min(cores or 1, MAX_WORKERS)
+    return min(max(cores, 1), MAX_WORKERS)
 
 
 class Batches:
@@ -155,6 +159,7 @@ class Batches:
         classes: C, needed for mixing: targets become float32 [B, C].
         drop_last: Leave out a last step that is not full.
         timeout: Seconds without a batch from the workers before they are given up.
+        ranks: Each gets its share of every batch; where it mixes, of pairs that belong together.
 
     Raises:
         DataError: `data.no_batches`: not a single step.
@@ -175,14 +180,15 @@ class Batches:
         classes: int = 0,
         drop_last: bool = False,
         timeout: float = TIMEOUT,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.photos, self.batch_size, self.seed = photos, batch_size, seed
         self.shuffle, self.device, self.drop_last = shuffle, device, drop_last
         self.transform = photos.transform
-        self.workers = worker_count(workers, device)
+        self.workers = worker_count(workers, device, ranks.here)
         self.timeout = timeout
         self._mixup = _mixup(mixup, cutmix, classes)
-        self._steps = _Steps()
+        self._steps = _Steps(ranks, pairs=self._mixup is not None)
         self._busy = torch.full((max(self.workers, 1),), -1, dtype=torch.int64)
         if self.workers:
             self._busy.share_memory_()  # type: ignore[no-untyped-call]
@@ -279,7 +285,7 @@ class Batches:
         self._steps.skip(done)
         tasks = _Tasks(self.photos, self._busy)
         for keys in islice(self._steps, PREFETCH * self.workers):
-            yield self._sound(_collate([tasks[key] for key in keys]))
+            yield self._sound(_collate(self.transform.size, [tasks[key] for key in keys]))
         self._steps.skip(PREFETCH * self.workers)
 
     def _start(self) -> None:
@@ -299,7 +305,7 @@ class Batches:
             _Tasks(self.photos, self._busy),
             batch_sampler=self._steps,
             num_workers=self.workers,
-            collate_fn=_collate,
+            collate_fn=partial(_collate, self.transform.size),
             pin_memory=self.device.type == "cuda",
             timeout=POLL if self.workers else 0,
             prefetch_factor=PREFETCH if self.workers else None,
@@ -417,7 +423,8 @@ def _handed_over(batch: Batch, side: torch.cuda.Stream, device: torch.device) ->
 class _Steps:
     """Batches of keys for torch's DataLoader, which keeps it while the plan changes."""
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks, *, pairs: bool) -> None:
+        self._ranks, self._pairs = ranks, pairs
         self._plan: tuple[int, NDArray[np.int64], int, range] = (
             0,
             np.zeros(0, np.int64),
@@ -439,7 +446,9 @@ class _Steps:
     def __iter__(self) -> Iterator[list[Key]]:
         epoch, order, size, steps = self._plan
         for step in steps:
-            yield [(epoch, int(row)) for row in order[step * size : (step + 1) * size]]
+            rows = order[step * size : (step + 1) * size]
+            mine = self._ranks.share(len(rows), pairs=self._pairs)
+            yield [(epoch, int(row)) for row in rows[mine]]
 
 
 class _Tasks(Dataset["Sample | VitftError"]):
@@ -468,8 +477,11 @@ class _Tasks(Dataset["Sample | VitftError"]):
             self.busy[slot] = -1
 
 
-def _collate(samples: "list[Sample | VitftError]") -> "Batch | VitftError":
-    """Stacks samples; if any failed, one error with all their faults."""
+def _collate(size: tuple[int, int], samples: "list[Sample | VitftError]") -> "Batch | VitftError":
+    """Stacks samples, of which a rank's share may hold none; any errors become one."""
+    if not samples:
+        none = torch.empty(0, dtype=torch.int64)
+        return torch.empty(0, 3, *size, dtype=torch.uint8), none, none
     errors = [sample for sample in samples if isinstance(sample, VitftError)]
     if errors:
         return DataError([fault for error in errors for fault in error.faults])

@@ -18,6 +18,7 @@ from vitft.evaluate import fixed_batch
 from vitft.images import DecodeSpec
 from vitft.inputs import InputConfig, TransformSpec, augmented, plain
 from vitft.loaders import Batches, Photos
+from vitft.ranks import ALONE, Ranks
 from vitft.recipe import DataSpec, Recipe, TrainSpec
 
 MEASURED = 32  # photographs whose forward `--plan` times
@@ -36,6 +37,7 @@ class Prepared:
         plain_transform: Of evaluation and prediction.
         train_transform: Of training, where it is augmented.
         warnings: For console, report and `metrics.json`.
+        ranks: The processes of this run.
     """
 
     recipe: Recipe
@@ -48,6 +50,7 @@ class Prepared:
     plain_transform: TransformSpec
     train_transform: TransformSpec
     warnings: tuple[str, ...]
+    ranks: Ranks = ALONE
 
     def photos(self, split: str, *, augment: bool = False) -> Photos:
         """The photographs of a split, plain or augmented."""
@@ -74,6 +77,7 @@ class Prepared:
             mixup=spec.mixup if train else 0.0,
             cutmix=spec.cutmix if train else 0.0,
             classes=len(self.index.classes),
+            ranks=self.ranks if train else Ranks(here=self.ranks.here),
         )
 
     @property
@@ -82,20 +86,35 @@ class Prepared:
         return "test" if len(self.index.rows("test")) else "val"
 
 
-def prepare(recipe: Recipe, *, fallback: bool = True) -> Prepared:
+def prepare(recipe: Recipe, *, fallback: bool = True, ranks: Ranks = ALONE) -> Prepared:
     """Settles, scans, builds.
+
+    Args:
+        recipe: As asked for.
+        fallback: Whether its `offline` block may be used.
+        ranks: The first one settles and scans for all.
 
     Raises:
         VitftError: Whatever is wrong with recipe, data, weights or machine.
     """
-    device = pick_device(recipe.device)
+    device = ranks.agreed(lambda: pick_device(recipe.device, ranks))
+    settled, index = ranks.first_does(lambda: _settled(recipe, fallback))
+    return ranks.agreed(lambda: _build(settled, index, device, ranks))
+
+
+def _settled(recipe: Recipe, fallback: bool) -> tuple[offline.Settled, data.Index]:
     settled = offline.settle(recipe, fallback=fallback)
     for text in settled.warnings:
         warn(text)
+    if settled.recipe.model.weights != "none":
+        model.locate(settled.recipe.model)  # a missing file is said before photographs are read
+    return settled, scan(settled.recipe)
+
+
+def _build(
+    settled: offline.Settled, index: data.Index, device: torch.device, ranks: Ranks
+) -> Prepared:
     recipe = settled.recipe
-    if recipe.model.weights != "none":
-        model.locate(recipe.model)  # a missing file is said before the photographs are read
-    index = scan(recipe)
     built = model.build(
         recipe.model,
         classes=len(index.classes),
@@ -114,8 +133,10 @@ def prepare(recipe: Recipe, *, fallback: bool = True) -> Prepared:
         plain_transform=plain(built.input, kind),
         train_transform=augmented(built.input, recipe.train, kind),
         warnings=settled.warnings + tuple(index.ledger.warnings),
+        ranks=ranks,
     )
     _check_trainable(prepared)
+    _check_ranks(prepared)
     return prepared
 
 
@@ -142,8 +163,8 @@ def transform_kind(spec: DataSpec) -> str:
     return "timm" if spec.transform == "auto" else spec.transform
 
 
-def pick_device(name: str) -> torch.device:
-    """The device asked for, or the best there is.
+def pick_device(name: str, ranks: Ranks = ALONE) -> torch.device:
+    """The device asked for, or the best there is; of several ranks each has a GPU of its own.
 
     Raises:
         MachineError: `env.no_device`: asked for by name and not here; never a silent CPU.
@@ -157,6 +178,8 @@ def pick_device(name: str) -> torch.device:
         name = present[0]
         say(f"device: {name}")
     wanted = "cuda:0" if name == "cuda" else name
+    if ranks.world > 1 and wanted.startswith("cuda"):
+        wanted = f"cuda:{ranks.local}"
     if wanted not in present:
         text = f"device {name} is not here; present: {', '.join(present)}"
         raise MachineError.of("env.no_device", "device", text, "set device: auto")
@@ -185,6 +208,38 @@ def _check_trainable(prepared: Prepared) -> None:
             f"batch size 1 with {len(norms)} batch-normalisation layers",
             "set train.batch_size to 2 or more",
         )
+
+
+def _check_ranks(prepared: Prepared) -> None:
+    """What several processes need beyond one; batch normalisation is joined over them.
+
+    Raises:
+        RecipeError: `train.ranks`.
+    """
+    recipe, ranks = prepared.recipe, prepared.ranks
+    if ranks.world == 1 or not trains_model(recipe):
+        return
+    spec, size = recipe.train, batch_size(recipe.train, prepared.device)
+    mixes = recipe.mode == "full" and bool(spec.mixup or spec.cutmix) and spec.views == "online"
+    unit, why = ranks.world * (1 + mixes), ", in pairs that are mixed" if mixes else ""
+    if size % unit:
+        text = f"batch size {size} cannot be shared evenly by {ranks.world} processes{why}"
+        fix = f"set train.batch_size to a multiple of {unit}, such as {-(-size // unit) * unit}"
+        raise RecipeError.of("train.ranks", recipe.place("train.batch_size"), text, fix)
+    norms = [m for m in prepared.net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if norms and prepared.device.type != "cuda":
+        text = f"{recipe.model.name} has {len(norms)} batch-normalisation layers, which torch "
+        text += f"joins over {ranks.world} processes on CUDA only"
+        fix = "start one process, or take a model without batch normalisation"
+        raise RecipeError.of("train.ranks", recipe.place("model.name"), text, fix)
+    if norms:
+        nn.SyncBatchNorm.convert_sync_batchnorm(prepared.net)  # type: ignore[no-untyped-call]
+
+
+def trains_model(recipe: Recipe) -> bool:
+    """Whether the loop runs photographs through the model, so that it pays to share its steps."""
+    online = recipe.mode == "head" and recipe.head.views == "online"
+    return recipe.mode == "full" or online
 
 
 def class_weight(prepared: Prepared) -> torch.Tensor | None:
@@ -274,6 +329,7 @@ def environment(prepared: Prepared) -> dict[str, Any]:
         if prepared.device.type == "cuda"
         else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
+        "processes": prepared.ranks.world,
         "seed": prepared.recipe.seed,
     }
 

@@ -1,6 +1,7 @@
 """The main door: a recipe in, a run folder with classifier, report and numbers out.
 
     python -m vitft.run RECIPE [key.sub=value ...]
+    torchrun --standalone --nproc-per-node 4 -m vitft.run RECIPE        # one process per GPU
 
     result = vitft.run.run(vitft.recipe.load("recipes/flowers_head.yaml"))     # the same in Python
 
@@ -15,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -42,8 +43,17 @@ from vitft.errors import RecipeError
 from vitft.evaluate import Predictions, Scores
 from vitft.findings import Findings
 from vitft.ladder import climb
-from vitft.learn import Hooks, Learned, extract, head_predictions, learn
+from vitft.learn import (
+    Hooks,
+    Learned,
+    extract,
+    head_predictions,
+    learn,
+    predictions,
+    share_features,
+)
 from vitft.prepare import Prepared
+from vitft.ranks import ALONE, Ranks, joined
 from vitft.recipe import Recipe
 from vitft.train import Stopped
 
@@ -73,6 +83,7 @@ def run(
     fallback: bool = True,
     resume: str | None = None,
     resume_anyway: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Result:
     """Runs a recipe from photographs to report.
 
@@ -81,6 +92,8 @@ def run(
         fallback: Whether the recipe's `offline:` block may be used.
         resume: `auto` (the newest unfinished run of this recipe) or a run folder.
         resume_anyway: Go on although recipe or data have changed; recorded in `metrics.json`.
+        ranks: From `vitft.ranks.joined`; a process that is not the first ends (SystemExit) when
+            there is nothing left to share.
 
     Returns:
         Result; everything in it is also in its folder.
@@ -90,14 +103,27 @@ def run(
     """
     started = time.monotonic()
     base = Path(spec.output or "runs") / spec.name
-    keep.require_output(base)
-    p = prepare.prepare(spec, fallback=fallback)  # what is refused here leaves no folder behind
-    folder = _folder(p, base, resume)
+    ranks.first_does(lambda: keep.require_output(base))
+    # what is refused here leaves no folder behind
+    p = prepare.prepare(spec, fallback=fallback, ranks=ranks)
+    folder = ranks.first_does(lambda: _folder(p, base, resume))
+    with _owned(folder, spec, ranks), ranks.together():
+        snapshot = ranks.first_does(
+            lambda: keep.open_newest(p, folder, anyway=resume_anyway) if resume else None
+        )
+        return _run(p, spec, folder, snapshot, started)
+
+
+@contextmanager
+def _owned(folder: Path, spec: Recipe, ranks: Ranks) -> Iterator[None]:
+    """The folder is locked, and its log open, by the rank that writes."""
+    if not ranks.first:
+        yield
+        return
     with io.lock(folder, f"vitft run {spec.name}"):
         console.setup(log_file=folder / "log.txt")
         try:
-            snapshot = keep.open_newest(p, folder, anyway=resume_anyway) if resume else None
-            return _run(p, spec, folder, snapshot, started)
+            yield
         finally:
             console.close_log()
 
@@ -106,24 +132,27 @@ def _run(
     p: Prepared, spec: Recipe, folder: Path, snapshot: Snapshot | None, started: float
 ) -> Result:
     say(f"run folder {folder}, seed {p.recipe.seed}")
-    _write_inputs(p, spec, folder)
+    if p.ranks.first:
+        _write_inputs(p, spec, folder)
+    p = share_features(p)
     climb_or_learn = climb if p.recipe.mode == "ladder" else learn
     learned = climb_or_learn(p, _hooks(p, folder, snapshot))
     split = p.test_split
-    predictions = predict_split(p, learned, split)
-    val = predictions if split == "val" else predict_split(p, learned, "val")
-    scores = evaluate.score(predictions, p.index.classes)
-    found = findings.find(p, learned, predictions, val)
+    answers = predict_split(p, learned, split)
+    val = answers if split == "val" else predict_split(p, learned, "val")
+    p = replace(p, ranks=p.ranks.alone())
+    scores = evaluate.score(answers, p.index.classes)
+    found = findings.find(p, learned, answers, val)
     _write_product(p, scores, found, folder)
     seconds = time.monotonic() - started
     changed = snapshot.changed if snapshot else ()
     _write_numbers(p, learned, scores, found, folder, seconds, changed)
-    page = writeup.page(p, learned, predictions, scores, found, folder, seconds)
+    page = writeup.page(p, learned, answers, scores, found, folder, seconds)
     report.write(folder, page, csv_safe=p.recipe.report.csv_safe)
     io.remove(folder / "checkpoints")
     io.link_latest(folder)
     sentence = _sentence(scores, split, folder)
-    return Result(folder, scores, split, predictions, learned.history, found, sentence)
+    return Result(folder, scores, split, answers, learned.history, found, sentence)
 
 
 # -- the folder -----------------------------------------------------------------------------------
@@ -155,6 +184,8 @@ def _write_inputs(p: Prepared, spec: Recipe, folder: Path) -> None:
 
 
 def _hooks(p: Prepared, folder: Path, snapshot: Snapshot | None) -> Hooks:
+    if not p.ranks.first:
+        return Hooks(resume=snapshot, listen=lambda: _polite_stop(folder))
     log = folder / "metrics.jsonl"
     done = len(snapshot.numbers["history"]) if snapshot else 0
     io.trim_lines(log, lambda record: record.get("epoch", 0) <= done)
@@ -210,8 +241,7 @@ def predict_split(p: Prepared, learned: Learned, split: str) -> Predictions:
     if learned.backbone_frozen:
         rows = learned.features.get(split) or extract(p, split)
         return head_predictions(model.classifier(p.net), rows, p.device)
-    batches = p.batches(p.photos(split)).epoch(0)
-    return evaluate.predict(p.net, batches, autocast=p.device.type == "cuda")
+    return predictions(p, p.net, split)
 
 
 def _write_product(p: Prepared, scores: Scores, found: Findings, folder: Path) -> None:
@@ -325,12 +355,22 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; results go to stdout, all else to stderr."""
-    args = parser().parse_args(argv)
-    spec = recipe.load(args.recipe, args.overrides)
+    with joined() as ranks:
+        if not ranks.first:
+            console.silence()
+        return _main(argv, ranks)
+
+
+def _main(argv: Sequence[str] | None, ranks: Ranks) -> int:
+    args = ranks.first_does(lambda: parser().parse_args(argv))
+    spec = ranks.first_does(lambda: recipe.load(args.recipe, args.overrides))
+    if args.print_config or args.plan:
+        ranks = ranks.alone()
     if args.print_config:
         print(recipe.dump(spec, explain=True), end="")  # noqa: T201
         return 0
-    console.setup()
+    if ranks.first:
+        console.setup()
     if args.plan:
         print(prepare.plan(prepare.prepare(spec, fallback=not args.no_fallback)))  # noqa: T201
         return 0
@@ -339,6 +379,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         fallback=not args.no_fallback,
         resume=args.resume,
         resume_anyway=args.resume_anyway,
+        ranks=ranks,
     )
     print(result.sentence)  # noqa: T201
     return 0

@@ -26,16 +26,21 @@ from vitft.console import say, warn
 from vitft.errors import DivergedError, MachineError, VitftError
 from vitft.inputs import derive_seed
 from vitft.kernels import fast_linear
+from vitft.ranks import ALONE, Ranks
 from vitft.recipe import TrainSpec
 
 CHECK_EVERY = 25  # steps between looks at the loss on CUDA, where each look stops the queue
+REHEARSED = 2  # updates of several ranks tried alone first: the second one finds the moments there
 
 Batch = tuple[Tensor, Tensor, Tensor]
 Validate = Callable[[nn.Module], tuple[float, float]]  # -> accuracy 0 to 1, log loss in nats
 
 
 class Batches(Protocol):
-    """What the loop eats: `vitft.loaders.Batches` over images, `vitft.features.Views` over rows."""
+    """What the loop eats: `vitft.loaders.Batches` over images, `vitft.features.Views` over rows.
+
+    Of several ranks each gets its share of every batch, which may be empty.
+    """
 
     def __len__(self) -> int: ...
 
@@ -80,8 +85,8 @@ class _State:
     step: int = 0
     epoch: int = 0
     batch: int = 0
-    loss_sum: float = 0.0
-    hits: float = 0.0
+    loss_sum: Any = 0.0  # on CUDA a tensor, read only where it is needed
+    hits: Any = 0.0
     seen: int = 0
     splits: int = 1
     since_best: int = 0
@@ -104,6 +109,7 @@ class Trainer:
         on_record: Receives each epoch's record as it is made.
         save: Receives a Snapshot when it is time to keep one; None keeps none.
         stop: Polled after each update; a signal number ends the run after saving.
+        ranks: The processes of this run; all of them make the same steps.
     """
 
     def __init__(
@@ -119,7 +125,9 @@ class Trainer:
         on_record: Callable[[dict[str, Any]], None] = lambda record: None,
         save: Callable[[Snapshot], None] | None = None,
         stop: Callable[[], int | None] = lambda: None,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self.ranks = ranks
         self.net, self.batches, self.spec, self.seed = net, batches, spec, seed
         self.validate, self.on_record, self.save, self.stop = validate, on_record, save, stop
         self.device = next(net.parameters()).device
@@ -127,6 +135,7 @@ class Trainer:
         self.updates_per_epoch = math.ceil(len(batches) / spec.accumulate)
         self.optimizer = _optimizer(net, spec)
         self.scheduler = _scheduler(self.optimizer, spec, self.updates_per_epoch)
+        self.class_weight = None if soft else class_weight
         criterion = nn.CrossEntropyLoss(weight=class_weight, label_smoothing=spec.label_smoothing)
         self.task = ClassificationTask(net, criterion, device=self.device, verbose=False)
         if spec.ema is not None:
@@ -134,6 +143,10 @@ class Trainer:
         self.compiled = _compiles(spec, self.device, self.updates_per_epoch * spec.epochs)
         if self.compiled:
             self.task.compile()
+        if ranks.world > 1:
+            ids = [self.device.index or 0] if self.device.type == "cuda" else None
+            self.task.prepare_distributed(device_ids=ids)
+        self.rehearsals = REHEARSED if ranks.world > 1 else 0
         self.precision = _precision(spec, self.device)
         self.scaler = torch.amp.GradScaler(enabled=self.precision is torch.float16)
         self.state = _State()
@@ -172,9 +185,12 @@ class Trainer:
             s.batch += 1
             if len(pending) < self.spec.accumulate and s.batch < len(self.batches):
                 continue
-            self._update(pending)
+            count = self.ranks.meet(sum(len(x) for x, _, _ in pending))
+            if count < 0:
+                break
+            self._update(pending, count)
             pending = []
-            signum = self.stop()
+            signum = self._signal()
             due = time.monotonic() - last_save > self.spec.checkpoint_minutes * 60
             if self.save and (due or signum is not None) and s.batch < len(self.batches):
                 self._raise_if_diverged()
@@ -182,7 +198,7 @@ class Trainer:
                 last_save = time.monotonic()
             if signum is not None and s.batch < len(self.batches):
                 raise Stopped(signum)
-        if s.batch < len(self.batches):
+        if pending or s.batch < len(self.batches):
             self._leave(unused=len(pending))
         self._close_epoch(time.monotonic() - started)
 
@@ -190,9 +206,15 @@ class Trainer:
         """Batches from where the state stands; a signal that took the workers along ends them."""
         try:
             yield from self.batches.epoch(self.state.epoch, self.state.batch)
-        except MachineError:
-            if self.stop() is None:
-                raise
+        except VitftError as error:
+            if isinstance(error, MachineError) and self.stop() is not None:
+                self.ranks.meet(leave=True)
+            else:
+                self.ranks.meet(error=error)
+
+    def _signal(self) -> int | None:
+        """The signal that this or another rank was sent."""
+        return self.ranks.greatest(self.stop() or 0) or None
 
     def _leave(self, unused: int) -> None:
         """Saves in the midst of an epoch and goes; `unused` batches were not learned from yet."""
@@ -211,52 +233,109 @@ class Trainer:
         s.epoch, s.batch, s.loss_sum, s.hits, s.seen = s.epoch + 1, 0, 0.0, 0.0, 0
         if self.save:
             self.save(self.snapshot())
-        signum = self.stop()
+        signum = self._signal()
         if signum is not None and s.epoch < self.spec.epochs:
             raise Stopped(signum)
 
     # -- one update -----------------------------------------------------------------------------
 
-    def _update(self, pending: list[Batch]) -> None:
-        """One optimizer step; running out of memory halves the parts, never the batch."""
+    def _update(self, pending: list[Batch], count: int) -> None:
+        """One optimizer step; running out of memory halves the parts, never the batch.
+
+        Args:
+            pending: Batches of this rank.
+            count: Photographs in them, over all ranks.
+        """
+        if self.rehearsals:
+            self._rehearse(pending)
         while True:
             try:
-                loss_sum, hits, seen = self._gradients(pending)
+                own, hits = self._gradients(pending, count)
                 break
             except torch.cuda.OutOfMemoryError:
-                largest = max(len(x) for x, _, _ in pending)
-                if self.state.splits >= largest:
-                    raise _no_memory(largest, self.device) from None
-                self.state.splits *= 2
-                torch.cuda.empty_cache()
-                part = math.ceil(largest / self.state.splits)
-                warn(f"out of memory: going on with parts of {part} images, same effective batch")
-        s = self.state
+                if self.ranks.world > 1:  # others wait for these gradients, and cannot begin anew
+                    raise _late_no_memory(self.device) from None
+                self._halve(pending)
+        s, sums = self.state, self.ranks.sum(torch.stack([own, hits]))
+        loss_sum, right = sums.unbind() if self.device.type == "cuda" else sums.tolist()
         if self.device.type != "cuda" or (s.step + 1) % CHECK_EVERY == 0:
-            self._raise_if_not_finite(loss_sum, pending)
+            self._raise_if_not_finite(loss_sum, own, pending)
         self._step()
-        s.loss_sum, s.hits, s.seen = s.loss_sum + loss_sum, s.hits + hits, s.seen + seen
+        s.loss_sum, s.hits, s.seen = s.loss_sum + loss_sum, s.hits + right, s.seen + count
 
-    def _gradients(self, pending: list[Batch]) -> tuple[Any, Any, int]:
-        torch.manual_seed(derive_seed(self.seed, "step", self.state.step))
-        self.optimizer.zero_grad(set_to_none=True)
-        total = sum(len(x) for x, _, _ in pending)
-        loss_sum: Any = 0.0
-        hits: Any = 0.0
-        for x, y, _ in pending:
-            for part_x, part_y in zip(
-                x.chunk(self.state.splits), y.chunk(self.state.splits), strict=True
-            ):
-                with self._autocast():
-                    out = self.task(part_x, part_y)
-                share = out["loss"] * (len(part_x) / total)
-                self.scaler.scale(share).backward()
-                loss_sum = loss_sum + out["loss"].detach().float() * len(part_x)
-                if not self.soft:
-                    hits = hits + (out["output"].detach().argmax(1) == part_y).sum()
+    def _rehearse(self, pending: list[Batch]) -> None:
+        """Finds the parts that fit on every rank, before any gradient is exchanged."""
+        self.rehearsals -= 1
+        while self.ranks.greatest(int(not self._fits_here(pending))):
+            self._halve(pending)
+
+    def _fits_here(self, pending: list[Batch]) -> bool:
+        for module in self.net.modules():  # their statistics are to see a batch once, and together
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        try:
+            with self._no_exchange():
+                self._gradients(pending, sum(len(x) for x, _, _ in pending) or 1, alone=True)
+        except torch.cuda.OutOfMemoryError:
+            return False
+        finally:
+            set_train_mode(self.net)
+        return True
+
+    def _halve(self, pending: list[Batch]) -> None:
+        largest = self.ranks.greatest(_largest(pending))
+        if self.state.splits >= largest:
+            raise self.ranks.voiced(_no_memory(largest, self.device)) from None
+        self.state.splits *= 2
         if self.device.type == "cuda":
-            return loss_sum, hits, total
-        return float(loss_sum), float(hits), total
+            torch.cuda.empty_cache()
+        part = math.ceil(largest / self.state.splits)
+        warn(f"out of memory: going on with parts of {part} images, same effective batch")
+
+    def _gradients(
+        self, pending: list[Batch], count: int, *, alone: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Of the mean loss over all ranks' photographs; exchanged during the last part.
+
+        Returns:
+            Sum of the losses and number of hits over this rank's photographs, float32 0-d.
+        """
+        torch.manual_seed(self._step_seed())
+        self.optimizer.zero_grad(set_to_none=True)
+        total = self._total([y for _, y, _ in pending], count, alone)
+        sums = torch.zeros(2, device=self.device)
+        parts = [part for x, y, _ in pending for part in _parts(x, y, self.state.splits)]
+        for k, (x, y, real) in enumerate(parts):
+            waits = k < len(parts) - 1
+            with self._no_exchange() if waits else nullcontext():
+                with self._autocast():
+                    out = self.task(x, y)
+                share = self._mass(y) * (real * (1 if alone else self.ranks.world)) / total
+                self.scaler.scale(out["loss"] * share).backward()
+            sums[0] += out["loss"].detach() * (len(x) * real)
+            if not self.soft:
+                sums[1] += (out["output"].detach().argmax(1) == y).sum() * real
+        return sums[0], sums[1]
+
+    def _no_exchange(self) -> AbstractContextManager[Any]:
+        """Gradients stay this rank's own."""
+        return cast(AbstractContextManager[Any], cast(Any, self.task).no_sync())
+
+    def _step_seed(self) -> int:
+        """Of dropout and drop path, which must differ between ranks."""
+        rank = (self.ranks.rank,) if self.ranks.rank else ()
+        return derive_seed(self.seed, "step", self.state.step, *rank)
+
+    def _mass(self, y: Tensor) -> Any:
+        """What the mean over these targets divides by."""
+        return len(y) if self.class_weight is None else self.class_weight[y].sum()
+
+    def _total(self, targets: list[Tensor], count: int, alone: bool) -> Any:
+        """The mass of all ranks' targets."""
+        if self.class_weight is None:
+            return count
+        own = sum((self._mass(y) for y in targets), torch.zeros((), device=self.device))
+        return own if alone else self.ranks.sum(own)
 
     def _step(self) -> None:
         s = self.state
@@ -276,10 +355,13 @@ class Trainer:
 
     # -- what is finite, what is best -----------------------------------------------------------
 
-    def _raise_if_not_finite(self, loss_sum: Any, pending: list[Batch]) -> None:
+    def _raise_if_not_finite(self, loss_sum: Any, own: Tensor, pending: list[Batch]) -> None:
+        """Names the photographs of the ranks where it began."""
         if math.isfinite(float(loss_sum)):
             return
-        names = [name for _, _, rows in pending for name in self.batches.names(rows)]
+        mine = [] if math.isfinite(float(own)) else [rows for _, _, rows in pending]
+        found = self.ranks.gather([name for rows in mine for name in self.batches.names(rows)])
+        names = [name for files in found for name in files]
         raise self._diverged(f"loss {float(loss_sum)}", ", ".join(names[:8]))
 
     def _raise_if_diverged(self) -> None:
@@ -290,17 +372,18 @@ class Trainer:
             if p.requires_grad and not bool(torch.isfinite(p).all()):
                 raise self._diverged(f"{name} is not finite", "unknown")
 
-    def _diverged(self, what: str, files: str) -> VitftError:
+    def _diverged(self, what: str, files: str) -> BaseException:
         lr = self.optimizer.param_groups[0]["lr"]
         gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
         norm = float(nn.utils.get_total_norm(gradients)) if gradients else 0.0
-        return DivergedError.of(
+        error = DivergedError.of(
             "train.diverged",
             f"epoch {self.state.epoch + 1}, step {self.state.step + 1}",
             f"{what} at learning rate {lr:.3g}, gradient norm {norm:.3g}; photographs of this "
             f"step: {files}",
             "lower train.lr or set train.clip_grad: 1.0; the last checkpoint is finite",
         )
+        return self.ranks.voiced(error)
 
     def _record(self, seconds: float) -> dict[str, Any]:
         s = self.state
@@ -415,12 +498,37 @@ def _trained(net: nn.Module) -> set[str]:
     return names
 
 
+def _largest(pending: list[Batch]) -> int:
+    return max(len(x) for x, _, _ in pending)
+
+
+def _parts(x: Tensor, y: Tensor, splits: int) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """A batch in parts, each with the factor 1; a blank image with 0 where a rank's share is empty.
+
+    The gradient exchange wants a backward pass from every rank.
+    """
+    if not len(x):
+        yield x.new_zeros(1, *x.shape[1:]), y.new_zeros(1, *y.shape[1:]), 0
+        return
+    for part_x, part_y in zip(x.chunk(splits), y.chunk(splits), strict=True):
+        yield part_x, part_y, 1
+
+
 def _no_memory(batch: int, device: torch.device) -> VitftError:
     """After a batch was cut down to single images, and these do not fit either."""
     used, free, total = (n / 2**30 for n in _gpu_memory(device))
     text = f"one image of a batch of {batch} does not fit: {used:.1f} GiB in use by this run, "
     text += f"{free:.1f} of {total:.1f} GiB free"
     fix = "set train.grad_checkpointing: true, a smaller data.image_size or model, or free the GPU"
+    return MachineError.of("env.gpu_memory", str(device), text, fix)
+
+
+def _late_no_memory(device: torch.device) -> VitftError:
+    """Parts fitted when they were tried, and later one rank had less room."""
+    used, free, total = (n / 2**30 for n in _gpu_memory(device))
+    text = f"out of memory after parts were settled between ranks: {used:.1f} GiB in use by this "
+    text += f"process, {free:.1f} of {total:.1f} GiB free"
+    fix = "go on with --resume auto and a smaller train.batch_size with more train.accumulate"
     return MachineError.of("env.gpu_memory", str(device), text, fix)
 
 
