@@ -12,7 +12,7 @@ ROOMS = sorted(path.stem for path in VITFT.glob("*.py") if path.stem != "__init_
 
 FLOORS = (
     # words, numbers and plain values
-    "errors stats kernels encode schema strict_yaml charts figures split threads",
+    "errors stats kernels encode schema strict_yaml charts figures split threads resize",
     # files and what they hold
     "io raw ranks convert tensorfile inputs folders table ledger recipe pages doubt trust evaluate "
     "suspects hybrid",

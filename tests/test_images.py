@@ -22,6 +22,7 @@ import pytest
 from PIL import Image, ImageCms, ImageFile, ImageOps
 
 from vitft import images
+from vitft.errors import MachineError
 from vitft.images import BadImage, DecodeSpec, decode, inspect, peak, read_bytes
 
 SPEC = DecodeSpec()
@@ -118,6 +119,62 @@ def test_real_photographs_have_exactly_pillows_pixels(flowers):
         assert np.array_equal(pixels(decode(read_bytes(path), path, SPEC)), want)
 
 
+def test_the_fast_decoder_has_pillows_pixels_for_every_kind_of_jpeg():
+    pytest.importorskip("simplejpeg", reason="the fast decoder needs it")
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    kinds = [{"subsampling": s, "quality": q} for s in (0, 1, 2) for q in (5, 50, 95)]
+    kinds += [{"progressive": True}, {"restart_marker_rows": 1}, {"keep_rgb": True}]
+    kinds += [{"exif": exif}, {"icc_profile": profile}]
+    modes = [(width, mode) for width in (1, 7, 16, 121) for mode in ("RGB", "L", "CMYK")]
+    files = [
+        encode(photo(width, 83, mode=mode), **options)
+        for options in kinds
+        for width, mode in modes
+        if mode == "RGB" or not {"keep_rgb", "subsampling"} & set(options)
+    ]
+    arrays = 0
+    for icc in ("ignore", "to_srgb"):
+        fast = DecodeSpec(decoder="fast", icc=icc)
+        for data in files:
+            found = images.decoded(data, "x", fast)
+            arrays += isinstance(found, np.ndarray)
+            want = decode(data, "x", DecodeSpec(icc=icc))
+            np.testing.assert_array_equal(np.asarray(found), np.asarray(want))
+            assert decode(data, "x", fast).mode == "RGB"
+    assert arrays > len(files)  # of twice as many
+
+
+def test_the_fast_decoder_has_pillows_pixels_for_real_photographs(flowers):
+    pytest.importorskip("simplejpeg", reason="the fast decoder needs it")
+    for path in sorted(flowers.glob("*/*.jpg"))[::60]:
+        found = images.decoded(read_bytes(path), path, DecodeSpec(decoder="fast"))
+        assert isinstance(found, np.ndarray)
+        assert np.array_equal(found, pixels(decode(read_bytes(path), path, SPEC)))
+
+
+def test_the_fast_decoder_leaves_every_fault_to_pillow(refused):
+    pytest.importorskip("simplejpeg", reason="the fast decoder needs it")
+    data, fast = encode(photo(400, 300)), DecodeSpec(decoder="fast")
+    for broken, id in (
+        (data[: len(data) // 2], "data.truncated"),
+        (data[:-2], "data.truncated"),
+        (data[:700], "data.truncated"),
+    ):
+        assert refused(broken, id, spec=fast) == refused(broken, id)
+    mended = data[: len(data) // 2] + b"\xff\xd9"  # Pillow sees nothing
+    want = np.asarray(decode(mended, "x", SPEC))
+    np.testing.assert_array_equal(np.asarray(decode(mended, "x", fast)), want)
+
+
+def test_a_decoder_that_is_not_installed_is_no_fault_of_the_photograph(monkeypatch):
+    monkeypatch.setitem(sys.modules, "simplejpeg", None)
+    with pytest.raises(MachineError, match="data.decoder: fast needs the package simplejpeg"):
+        decode(encode(photo()), "x", DecodeSpec(decoder="fast"))
+    decode(encode(photo(), "PNG"), "x", DecodeSpec(decoder="fast"))
+
+
 def test_a_two_picture_jpeg_is_a_jpeg_and_its_first_picture_counts():
     first, second = photo(seed=1), photo(seed=2)
     buffer = io.BytesIO()
@@ -160,10 +217,11 @@ def test_a_spec_has_one_key_and_every_field_changes_it():
         "bit_range": (0.0, 4095.0),
         "icc": "to_srgb",
         "frames": "error",
+        "decoder": "fast",
     }
     keys = {DecodeSpec(**{name: value}).key() for name, value in changes.items()}
-    assert set(changes) == set(json.loads(SPEC.key()))
-    assert len(keys | {SPEC.key()}) == 7
+    assert set(changes) - {"decoder"} == set(json.loads(SPEC.key()))  # as keys were before it
+    assert len(keys | {SPEC.key()}) == 8
     assert SPEC.key() == (
         '{"background":[255,255,255],"bit_range":null,"frames":"first","icc":"ignore",'
         '"max_aspect":200.0,"max_pixels":64000000}'

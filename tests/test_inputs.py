@@ -10,11 +10,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from timm.data.loader import PrefetchLoader
 from timm.data.transforms import RandomResizedCropAndInterpolation
+from timm.data.transforms_factory import create_transform
 from torchvision import transforms as tv
 
 from vitft.errors import RecipeError
@@ -30,6 +31,7 @@ from vitft.inputs import (
     plain,
     seeded,
 )
+from vitft.resize import resized
 
 HALF = (0.5, 0.5, 0.5)
 CONFIG = InputConfig((224, 224), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bicubic", 0.9)
@@ -40,6 +42,30 @@ TUTORIAL = SimpleNamespace(augment="tutorial", reprob=0.0)
 def picture():
     noise = np.random.default_rng(0).integers(0, 256, (12, 15, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize((500, 333), Image.Resampling.BICUBIC)
+
+
+def timms(spec, picture, seed):
+    """What timm's own transform makes of the picture after seeding the global generators."""
+    whole = create_transform(
+        (3, *spec.size),
+        is_training=True,
+        scale=spec.scale,
+        ratio=spec.ratio,
+        hflip=spec.hflip,
+        color_jitter=None,
+        auto_augment=spec.auto_augment,
+        interpolation=spec.interpolation,
+        mean=spec.mean,
+        use_prefetcher=True,
+    )
+    with seeded(seed):
+        return whole(picture)
+
+
+def noise(width, height, seed):
+    rng = np.random.default_rng(seed)
+    grains = rng.integers(0, 256, (height // 3 + 1, width // 3 + 1, 3), dtype=np.uint8)
+    return Image.fromarray(grains).resize((width, height), Image.Resampling.BICUBIC)
 
 
 # ---- transforms ---------------------------------------------------------------------------------
@@ -83,6 +109,88 @@ def test_mean_and_deviation_stay_those_of_the_weights_in_every_transform():
         assert (spec.mean, spec.std) == (CONFIG.mean, CONFIG.std)
 
 
+@settings(deadline=None, max_examples=60)
+@example(width=1, height=1, seed=1, method="bicubic")  # a crop of no pixel
+@given(
+    width=st.integers(1, 200),
+    height=st.integers(1, 200),
+    seed=st.integers(0, 2**63 - 1),
+    method=st.sampled_from(["bilinear", "bicubic", "lanczos"]),
+)
+def test_a_random_crop_is_timms_to_the_bit_whatever_holds_the_picture(width, height, seed, method):
+    spec = augmented(replace(CONFIG, size=(24, 32), interpolation=method), TUTORIAL)
+    picture = noise(width, height, seed % 1000)
+    want = timms(spec, picture, seed)
+    state = torch.get_rng_state(), random.getstate()
+    for held in (picture, np.array(picture)):
+        assert torch.equal(pixels(spec).view(held, seed), want)
+    assert torch.equal(torch.get_rng_state(), state[0])
+    assert random.getstate() == state[1]
+
+
+def rows_first(picture, size, method):
+    """Pillow's two passes in the order that it always took before version 13."""
+    method = Image.Resampling[method.upper()]
+    narrow = picture.resize((size[1], picture.height), method)
+    return np.asarray(narrow.resize((size[1], size[0]), method)).astype(int).transpose(2, 0, 1)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    width=st.integers(1, 300),
+    height=st.integers(1, 300),
+    seed=st.integers(0, 1000),
+    method=st.sampled_from(["bilinear", "bicubic"]),
+)
+def test_the_fast_resize_is_pillows_rows_first_within_two_grey_values(width, height, seed, method):
+    picture = noise(width, height, seed)
+    want = rows_first(picture, (32, 48), method)
+    for held in (picture, np.array(picture)):
+        got = resized(held, (32, 48), method, fast=True).numpy()
+        assert np.abs(got - want).max() <= (1 if method == "bilinear" else 2)
+        mirrored = resized(held, (32, 48), method, fast=True, mirrored=True).numpy()
+        assert np.array_equal(mirrored, got[:, :, ::-1])
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    width=st.integers(1, 300),
+    height=st.integers(1, 300),
+    seed=st.integers(0, 1000),
+    mode=st.sampled_from(["center", "squash", "random"]),
+)
+def test_the_fast_resize_takes_timms_crop_and_flip(width, height, seed, mode):
+    shades = np.array(noise(width, height, seed)) // 4 + np.arange(height)[:, None, None] % 64
+    picture = Image.fromarray((shades + np.arange(width)[None, :, None] % 64).astype(np.uint8))
+    config = replace(CONFIG, size=(32, 32), crop_mode="center" if mode == "random" else mode)
+    make = plain if mode != "random" else lambda c, *a: augmented(c, TUTORIAL, *a)
+    want, got = (
+        pixels(make(config, "timm", how)).view(picture, seed).int() for how in ("pillow", "fast")
+    )
+    gap = (got - want).abs().float()
+    assert gap.mean() < 1
+    assert gap.max() <= 16  # of Pillow 13's other order of passes
+
+
+def test_a_policy_goes_on_top_of_the_fast_resize(picture):
+    train = SimpleNamespace(augment="rand-m1-n1", reprob=0.0)
+    spec = augmented(CONFIG, train, "timm", "fast")
+    gaps = [
+        (pixels(spec).view(picture, s).int() - timms(spec, picture, s).int()).abs().float().mean()
+        for s in range(6)
+    ]
+    assert max(gaps) < 1.5
+
+
+@pytest.mark.parametrize("change", [{"crop_mode": "border"}, {"interpolation": "lanczos"}])
+def test_what_has_no_fast_way_is_refused(change):
+    with pytest.raises(RecipeError, match=r"data.resize: got fast, which knows neither"):
+        plain(replace(CONFIG, **change), "timm", "fast")
+    with pytest.raises(RecipeError, match=r"set data.resize: pillow"):
+        augmented(replace(CONFIG, **change), TUTORIAL, "timm", "fast")
+    plain(replace(CONFIG, **change), "timm", "pillow")
+
+
 def test_plain_training_changes_no_pixel_but_may_still_erase():
     train = SimpleNamespace(augment="plain", reprob=0.25)
     assert augmented(CONFIG, train) == replace(plain(CONFIG), erase=0.25)
@@ -91,8 +199,8 @@ def test_plain_training_changes_no_pixel_but_may_still_erase():
 def test_a_policy_is_timms_and_an_unknown_one_is_refused(picture):
     train = SimpleNamespace(augment="rand-m9-mstd0.5-inc1", reprob=0.0)
     spec = augmented(CONFIG, train)
-    assert "RandAugment" in repr(pixels(spec))
-    assert pixels(spec)(picture).shape == (3, 224, 224)
+    for seed in range(8):
+        assert torch.equal(pixels(spec).view(picture, seed), timms(spec, picture, seed))
     for policy in ("rnad-m9", "rand-q9", "foo"):
         with pytest.raises(
             RecipeError, match=rf"train.augment: got '{policy}', which timm does not"
@@ -115,10 +223,11 @@ def test_every_field_of_a_transform_changes_its_key():
         "hflip": 0.0,
         "auto_augment": "rand-m9",
         "erase": 0.5,
+        "resize": "fast",
     }
     keys = {replace(spec, **{name: value}).key() for name, value in changes.items()}
-    assert len(keys | {spec.key()}) == 13
-    assert set(json.loads(spec.key())) == set(changes)
+    assert len(keys | {spec.key()}) == 14
+    assert set(json.loads(spec.key())) == set(changes) - {"resize"}  # as keys were before it
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(spec.key()).items()}
     assert TransformSpec(**fields) == spec
 

@@ -489,7 +489,8 @@ def test_flowers_head_says_what_the_tutorial_did():
 KEYS = """
 schema_version name mode seed device output
 data.root data.split data.val data.test data.group data.image_size data.transform data.on_bad
-data.max_bad data.background data.bit_range data.icc data.frames data.max_pixels data.max_aspect
+data.max_bad data.background data.bit_range data.icc data.frames data.decoder data.resize
+data.max_pixels data.max_aspect
 data.extensions data.class_from data.allow_empty data.duplicates data.fixes data.follow_links
 model.name model.weights model.sha256 model.global_pool model.drop_rate model.drop_path_rate
 model.options

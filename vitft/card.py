@@ -175,6 +175,8 @@ def _input_problems(card: Card) -> Iterator[str]:
         f"numbers {numbers}, must be finite": all(map(math.isfinite, numbers)),
         f"std {transform.std}, must be above 0": all(s > 0 for s in transform.std),
         f"crop_pct {transform.crop_pct}, must be 0.01 to 1": 0.01 <= transform.crop_pct <= 1,
+        f"resize {transform.resize!r}, must be pillow or fast": transform.resize
+        in ("pillow", "fast"),
         f"decoding {decode}": _can_decode(decode),
     }
     yield from (_told(["input"], text) for text, good in sound.items() if not good)
@@ -194,4 +196,5 @@ def _can_decode(spec: DecodeSpec) -> bool:
         and low < high < math.inf
         and spec.icc in ("ignore", "to_srgb")
         and spec.frames in ("first", "error")
+        and spec.decoder in ("pillow", "fast")
     )

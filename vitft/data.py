@@ -126,6 +126,7 @@ def decode_spec(spec: DataSpec) -> DecodeSpec:
         bit_range=spec.bit_range,
         icc=spec.icc,
         frames=spec.frames,
+        decoder=spec.decoder,
     )
 
 

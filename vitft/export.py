@@ -177,9 +177,10 @@ def _outside(transform: TransformSpec, order: Order) -> str:
         "squash": f"resize to {grown} px whatever its shape, crop the centre",
         "border": f"resize to fit into {grown} px, keeping its shape, pad with the mean, crop",
     }.get(t.crop_mode, t.crop_mode)
+    by = {"pillow": "Pillow", "fast": "torch (interpolate of uint8, antialias=True)"}[t.resize]
     text = (
         f"decode upright (EXIF) to 8-bit RGB on the card's background; {how} to {height} x {width} "
-        f"px; {t.interpolation}, antialiased, as Pillow does"
+        f"px; {t.interpolation}, antialiased, as {by} does"
     )
     return text if order.uint8 else text + "; then normalise"
 

@@ -18,7 +18,7 @@ import math
 import re
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from types import TracebackType
 
@@ -39,6 +39,7 @@ from vitft.errors import MachineError
 from vitft.raw import COPY_AGAIN, bad, kind_of, undecodable
 from vitft.raw import BadImage as BadImage
 from vitft.raw import read_bytes as read_bytes
+from vitft.resize import Picture, Pixels, as_image
 
 LARGE = 32_000_000  # pixels; a larger picture is reduced while it is converted, to bound memory
 REDUCED = 8_000_000  # pixels that a large picture keeps at most (a JPEG twice that)
@@ -81,6 +82,8 @@ class DecodeSpec:
             takes 0..65535 for 16 bits, 0..1 for floats, and refuses 32-bit integers.
         icc: `ignore` the embedded colour profile as all trainers do, or convert `to_srgb`.
         frames: `first` of an animation or many pages, or `error`.
+        decoder: `pillow`, or `fast`: JPEGs by simplejpeg, to the same pixels where both stand on
+            libjpeg-turbo; what it does not take as it is remains Pillow's.
     """
 
     max_pixels: int = 64_000_000
@@ -89,10 +92,14 @@ class DecodeSpec:
     bit_range: tuple[float, float] | None = None
     icc: str = "ignore"
     frames: str = "first"
+    decoder: str = "pillow"
 
     def key(self) -> str:
-        """Canonical JSON of all that can change a pixel."""
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        """Canonical JSON of all that can change a pixel; the reference goes without saying."""
+        fields = asdict(self)
+        if self.decoder == "pillow":
+            del fields["decoder"]
+        return json.dumps(fields, sort_keys=True, separators=(",", ":"))
 
 
 @dataclass(frozen=True)
@@ -160,11 +167,23 @@ def decode(
     Raises:
         BadImage: Whatever `inspect` raises, and `data.truncated`, `data.damaged`,
             `data.bit_range`, `data.nonfinite`.
+        MachineError: `env.package`: the decoder asked for is not installed.
     """
+    return as_image(decoded(data, place, spec, short_side=short_side))
+
+
+def decoded(
+    data: bytes, place: object, spec: DecodeSpec, *, short_side: int | None = None
+) -> Picture:
+    """As `decode`, but an array uint8 [H, W, 3] where the decoder makes one."""
     with _strict_pillow:
         kind, picture = _open(data, place, spec)
         try:
             if kind == "JPEG":
+                if spec.decoder == "fast" and short_side is None and _is_simple(picture, spec):
+                    pixels = _by_simplejpeg(data)
+                    if pixels is not None:
+                        return pixels
                 _draft(picture, short_side)
             picture.load()
             # A TIFF was turned by Pillow on loading.
@@ -172,7 +191,7 @@ def decode(
             rgb = _rgb_in_bounds(picture, place, spec)
             del picture  # its pixels go before the turned copy comes
             return rgb if turn is None else rgb.transpose(turn)
-        except BadImage:
+        except (BadImage, MachineError):
             raise
         except Exception as error:  # a damaged file may raise anything from inside Pillow
             raise undecodable(kind, data, place, error) from None
@@ -208,16 +227,23 @@ def deep_warnings(data: bytes) -> str | None:
     """
     if not data.startswith(b"\xff\xd8\xff"):
         return None
+    decoder = _simplejpeg("check", "the deep check of JPEGs")
     try:
-        from simplejpeg import decode_jpeg  # type: ignore[import-not-found, import-untyped, unused-ignore]
-    except ImportError:
-        text = "the deep check of JPEGs needs the package simplejpeg"
-        raise MachineError.of("env.package", "check", text, "pip install simplejpeg") from None
-    try:
-        decode_jpeg(data, min_factor=8, strict=True)
+        decoder(data, min_factor=8, strict=True)
     except ValueError as warning:
         return None if HARMLESS.search(str(warning)) else str(warning)
     return None
+
+
+def _simplejpeg(place: str, what: str) -> Callable[..., Pixels]:
+    """Its decoder, which stands on libjpeg-turbo as Pillow's wheels do, and tells what it mends."""
+    try:
+        from simplejpeg import decode_jpeg  # type: ignore[import-not-found, import-untyped, unused-ignore]
+    except ImportError:
+        text = f"{what} needs the package simplejpeg"
+        raise MachineError.of("env.package", place, text, "pip install simplejpeg") from None
+    decoder: Callable[..., Pixels] = decode_jpeg
+    return decoder
 
 
 # ---- opening ------------------------------------------------------------------------------------
@@ -353,6 +379,25 @@ def _draft(picture: ImageFile.ImageFile, short_side: int | None) -> None:
         factor = max(factor, min(width, height) // (2 * short_side))
     if factor > 1:
         picture.draft(None, (max(1, width // factor), max(1, height // factor)))
+
+
+def _is_simple(picture: ImageFile.ImageFile, spec: DecodeSpec) -> bool:
+    """Upright grey or colour of ordinary size, whose profile, if any, is ignored."""
+    return (
+        picture.mode in ("L", "RGB")
+        and _factor(picture.width * picture.height) == 1
+        and (spec.icc == "ignore" or not picture.info.get("icc_profile"))
+        and _orientation(picture) not in TURNS
+    )
+
+
+def _by_simplejpeg(data: bytes) -> Pixels | None:
+    """RGB [H, W, 3]; None for a file with any fault, which Pillow shall judge."""
+    decoder = _simplejpeg("data.decoder", "data.decoder: fast")
+    try:
+        return decoder(data, colorspace="RGB")
+    except ValueError:
+        return None
 
 
 def _factor(pixels: int) -> int:

@@ -1,8 +1,9 @@
 """What a photograph becomes on its way into a network, and where its randomness comes from.
 
-timm makes the pixels. As its transforms draw from the global generators of `random`, numpy and
-torch, these are lent a seed for one image at a time and given back as they were. That is safe in
-one thread, so decoding happens in the caller's thread or in processes, never in threads.
+The pixels are those of timm's transforms, which the tests hold beside ours. A random crop draws
+from generators of its own and may be made in any thread. timm's policies draw from the global
+generators of `random`, numpy and torch: these are lent a seed for one image at a time and given
+back as they were, which is safe in one thread only.
 """
 
 import hashlib
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
+from types import ModuleType
 from typing import Protocol
 
 import numpy as np
@@ -22,8 +24,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
+from torchvision.transforms import Compose
 
 from vitft.errors import RecipeError
+from vitft.resize import FAST, Picture, as_image, centred, random_box, resized, size_of
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class TransformSpec:
         hflip: Probability of mirroring.
         auto_augment: timm's policy text, such as `rand-m9-mstd0.5-inc1`; None for none.
         erase: Probability of erasing one rectangle with noise.
+        resize: `pillow`, or `fast` by torch (see `vitft.resize` for how far they differ).
     """
 
     kind: str
@@ -78,10 +83,14 @@ class TransformSpec:
     hflip: float = 0.5
     auto_augment: str | None = None
     erase: float = 0.0
+    resize: str = "pillow"
 
     def key(self) -> str:
-        """Canonical JSON of all that can change an input."""
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        """Canonical JSON of all that can change an input; the reference goes without saying."""
+        fields = asdict(self)
+        if self.resize == "pillow":
+            del fields["resize"]
+        return json.dumps(fields, sort_keys=True, separators=(",", ":"))
 
 
 class Augmentation(Protocol):
@@ -98,7 +107,7 @@ class Augmentation(Protocol):
         ...
 
 
-def plain(config: InputConfig, transform: str = "timm") -> TransformSpec:
+def plain(config: InputConfig, transform: str = "timm", resize: str = "pillow") -> TransformSpec:
     """The transform of evaluation and prediction.
 
     Args:
@@ -106,9 +115,13 @@ def plain(config: InputConfig, transform: str = "timm") -> TransformSpec:
         transform: `timm` (also `auto`) does what the model's data config says; `tutorial` resizes
             to 8/7 of the size (256 for 224) and crops the centre, bilinear. Mean and standard
             deviation always belong to the weights.
+        resize: `pillow` or `fast`.
+
+    Raises:
+        RecipeError: `recipe.value`: there is no fast way to what the model wants.
     """
     bilinear = transform == "tutorial"
-    return TransformSpec(
+    spec = TransformSpec(
         kind="plain",
         size=config.size,
         mean=config.mean,
@@ -116,10 +129,24 @@ def plain(config: InputConfig, transform: str = "timm") -> TransformSpec:
         interpolation="bilinear" if bilinear else config.interpolation,
         crop_pct=0.875 if bilinear else config.crop_pct,
         crop_mode="center" if bilinear else config.crop_mode,
+        resize=resize,
     )
+    if resize == "fast" and not _has_fast_way(spec):
+        text = f"got fast, which knows neither crop mode {spec.crop_mode} of {spec.size} px nor "
+        text += f"{spec.interpolation} beside centre crops of squares, {' and '.join(FAST)}"
+        raise RecipeError.of("recipe.value", "data.resize", text, "set data.resize: pillow")
+    return spec
 
 
-def augmented(config: InputConfig, train: Augmentation, transform: str = "timm") -> TransformSpec:
+def _has_fast_way(spec: TransformSpec) -> bool:
+    square = spec.size[0] == spec.size[1]
+    mode = spec.crop_mode == "squash" or (spec.crop_mode == "center" and square)
+    return mode and spec.interpolation in FAST
+
+
+def augmented(
+    config: InputConfig, train: Augmentation, transform: str = "timm", resize: str = "pillow"
+) -> TransformSpec:
     """The transform of training.
 
     Args:
@@ -128,17 +155,18 @@ def augmented(config: InputConfig, train: Augmentation, transform: str = "timm")
             a mirror image half of the time; a policy text puts timm's policy on top; `plain`
             leaves only the erasing, if any.
         transform: As for `plain`; `tutorial` resizes bilinearly.
+        resize: As for `plain`.
 
     Raises:
-        RecipeError: `recipe.value`: timm knows no such policy.
+        RecipeError: `recipe.value`: timm knows no such policy; as `plain`.
     """
     policy = None if train.augment in ("tutorial", "plain") else train.augment
-    fields = asdict(plain(config, transform)) | {"erase": train.reprob}
+    fields = asdict(plain(config, transform, resize)) | {"erase": train.reprob}
     if train.augment != "plain":
         fields |= {"kind": "augmented", "auto_augment": policy}
     spec = TransformSpec(**fields)
     try:
-        pixels(spec)
+        Transform(spec)
     except Exception as error:  # timm asserts, indexes and looks up
         fix = "use tutorial, plain, or a timm policy such as rand-m9-mstd0.5-inc1"
         text = f"got {train.augment!r}, which timm does not know ({error or type(error).__name__})"
@@ -146,14 +174,70 @@ def augmented(config: InputConfig, train: Augmentation, transform: str = "timm")
     return spec
 
 
-def pixels(spec: TransformSpec) -> Callable[[Image.Image], Tensor]:
-    """timm's transform: RGB picture -> uint8 [3, S, S]."""
-    transform: Callable[[Image.Image], Tensor] = create_transform(
+def pixels(spec: TransformSpec) -> Callable[[Picture], Tensor]:
+    """RGB picture -> uint8 [3, S, S]; a random transform draws from the global generators."""
+    return Transform(spec)
+
+
+class Transform:
+    """A transform as a function: picture -> uint8 [3, S, S].
+
+    Args:
+        spec: What to do.
+
+    Attributes:
+        any_thread: `view` may be called in several threads at once.
+    """
+
+    def __init__(self, spec: TransformSpec) -> None:
+        self.spec, self.fast = spec, spec.resize == "fast"
+        self.any_thread = spec.auto_augment is None
+        self._timm = _timm(spec)
+
+    def __call__(self, picture: Picture) -> Tensor:
+        """The input; what is random is drawn from the global generators."""
+        if self.spec.kind == "augmented":
+            return self._augmented(picture, random, torch.default_generator)
+        if self.fast:
+            s = self.spec
+            return centred(
+                picture, s.size, s.crop_pct, s.interpolation, squash=s.crop_mode != "center"
+            )
+        return self._timm(as_image(picture))
+
+    def view(self, picture: Picture, seed: int) -> Tensor:
+        """The input; what is random depends on the seed alone, in the draws that timm makes."""
+        if self.spec.kind == "plain":
+            return self(picture)
+        if self.any_thread:
+            generator = torch.Generator().manual_seed(seed)
+            return self._augmented(picture, random.Random(seed), generator)
+        with seeded(seed):
+            return self(picture)
+
+    def _augmented(
+        self, picture: Picture, draw: random.Random | ModuleType, coin: torch.Generator
+    ) -> Tensor:
+        spec = self.spec
+        box = random_box(*size_of(picture), spec.scale, spec.ratio, draw)
+        out = resized(
+            picture,
+            spec.size,
+            spec.interpolation,
+            fast=self.fast,
+            box=box,
+            mirrored=float(torch.rand(1, generator=coin)) < spec.hflip,
+        )
+        if spec.auto_augment is None:
+            return out
+        return self._timm(Image.fromarray(out.permute(1, 2, 0).numpy()))
+
+
+def _timm(spec: TransformSpec) -> Callable[[Image.Image], Tensor]:
+    """The part that stays timm's: all of a plain transform, the policy of an augmented one."""
+    whole = create_transform(
         input_size=(3, *spec.size),
         is_training=spec.kind == "augmented",
-        scale=spec.scale,
-        ratio=spec.ratio,
-        hflip=spec.hflip,
         color_jitter=None,  # type: ignore[arg-type]  # timm means "none" by it
         auto_augment=spec.auto_augment,
         interpolation=spec.interpolation,
@@ -162,8 +246,12 @@ def pixels(spec: TransformSpec) -> Callable[[Image.Image], Tensor]:
         crop_pct=spec.crop_pct,
         crop_mode=spec.crop_mode,
         use_prefetcher=True,  # leaves uint8; normalising is the device's work
+        separate=spec.kind == "augmented",
     )
-    return transform
+    if spec.kind == "plain":
+        return whole  # type: ignore[no-any-return]
+    _, policy, final = whole
+    return Compose([policy, final])  # type: ignore[no-any-return]
 
 
 def normalise(images: Tensor, transform: TransformSpec) -> Tensor:

@@ -35,15 +35,16 @@ from vitft.console import warn
 from vitft.errors import DataError, Fault, MachineError, VitftError
 from vitft.images import DecodeSpec
 from vitft.inputs import (
+    Transform,
     TransformSpec,
     derive_seed,
     erase,
     normalise,
     permutation,
-    pixels,
     seeded,
 )
 from vitft.ranks import ALONE, Ranks
+from vitft.resize import Picture
 
 POLL = 2  # seconds between looks at the workers while a batch is awaited
 TIMEOUT = 120.0  # seconds without a batch before the workers are given up
@@ -85,7 +86,7 @@ class Photos(Dataset[Sample]):
         self.labels = np.asarray(labels, dtype=np.int64)
         self.sha256 = tuple(sha256)
         self.decode, self.transform, self.seed = decode, transform, seed
-        self._pixels = pixels(transform)
+        self.pixels = Transform(transform)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -103,15 +104,15 @@ class Photos(Dataset[Sample]):
             DataError: The file is not readable, not a photograph, or not the one scanned.
         """
         epoch, row = key
-        picture = images.decode(self._bytes(row), self.files[row], self.decode)
-        if self.transform.kind == "plain":
-            return self._pixels(picture), int(self.labels[row]), row
-        with seeded(self.view_seed(epoch, row)):
-            return self._pixels(picture), int(self.labels[row]), row
+        x = self.pixels.view(self._picture(row), self.view_seed(epoch, row))
+        return x, int(self.labels[row]), row
 
     def view_seed(self, epoch: int, row: int, purpose: str = "view") -> int:
         """What an image's randomness in an epoch depends on: run, epoch, content."""
         return derive_seed(self.seed, purpose, epoch, self.sha256[row])
+
+    def _picture(self, row: int) -> Picture:
+        return images.decoded(self._bytes(row), self.files[row], self.decode)
 
     def _bytes(self, row: int) -> bytes:
         path = self.files[row]

@@ -130,8 +130,8 @@ def _build(
         report=built.report,
         device=device,
         decode=data.decode_spec(recipe.data),
-        plain_transform=plain(built.input, kind),
-        train_transform=augmented(built.input, recipe.train, kind),
+        plain_transform=plain(built.input, kind, recipe.data.resize),
+        train_transform=augmented(built.input, recipe.train, kind, recipe.data.resize),
         warnings=settled.warnings + tuple(index.ledger.warnings),
         ranks=ranks,
     )
