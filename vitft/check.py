@@ -85,7 +85,8 @@ def check_data(spec: DataSpec, options: Options, *, seed: int) -> Ledger:
         DataError: As `data.scan`; with `strict` also for any bad or damaged file.
         RecipeError: `cli.out_in_data`.
     """
-    _require_outside(spec, options.out)
+    if options.out is not None:
+        io.require_outside(options.out, _owned(spec))
     if options.strict:
         spec = spec.model_copy(update={"on_bad": "error"})
     try:
@@ -188,16 +189,10 @@ def _damaged(spec: DataSpec, ledger: Ledger) -> Iterator[Fault]:
         yield Fault("data.damaged", place, f"decodes, but: {text}", "look at it; copy it again")
 
 
-def _inside(folder: Path, spec: DataSpec) -> bool:
-    """Whether a folder lies in a data folder; a CSV only names files and owns no folder."""
+def _owned(spec: DataSpec) -> tuple[Path, ...]:
+    """Where nothing may be written; a CSV only names files and owns no folder."""
     root = Path(spec.root)
-    return root.is_dir() and folder.resolve().is_relative_to(root.resolve())
-
-
-def _require_outside(spec: DataSpec, out: Path | None) -> None:
-    if out is not None and _inside(out, spec):
-        text = f"lies below the data {spec.root}, where vitft never writes"
-        raise RecipeError.of("cli.out_in_data", out, text, "name a folder elsewhere")
+    return (root,) if root.is_dir() else ()
 
 
 def _write(spec: DataSpec, options: Options, faults: Sequence[Fault]) -> None:
@@ -205,7 +200,7 @@ def _write(spec: DataSpec, options: Options, faults: Sequence[Fault]) -> None:
     if not faults and options.out is None:
         return
     folder = options.out or Path("runs") / time.strftime("check-%Y%m%d-%H%M%S")
-    if _inside(folder, spec):
+    if any(io.lies_in(folder, root) for root in _owned(spec)):
         warn("bad_images.csv is not written: the current folder lies in the data; name --out DIR")
         return
     rows = [(f.place.removeprefix(_prefix(spec)), f.id, f.text, f.fix) for f in faults]
@@ -230,7 +225,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; the ledger goes to stdout, all else to stderr."""
-    args = parser().parse_args(argv)
+    args = parser().parse_intermixed_args(argv)
     console.setup()
     options = Options(deep=args.deep, strict=args.strict, out=args.out)
     for line in check(args.target, options, args.overrides):

@@ -6,7 +6,7 @@ functions of (seed, step), so that a resumed run draws what the undisturbed one 
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitft import io
-from vitft.errors import WeightsError
+from vitft import io, tensorfile
+from vitft.errors import MachineError, WeightsError
 
 FORMAT = 1
+SCORE = "val_accuracy"  # of an epoch's record
+NEVER = ("mode", "train.opt")  # may not differ anyway: the state would mean something else
+KINDS = {"format": int, "step": int, "epoch": int, "batch": int, "identity": dict, "numbers": dict}
 
 
 @dataclass(frozen=True)
@@ -79,9 +82,32 @@ def newest(
 
 
 def where(path: Path) -> dict[str, Any]:
-    """How far the run was, without its tensors: `step`, `epoch` (from 0) and `numbers`."""
-    state: dict[str, Any] = json.loads((path / "state.json").read_text("utf-8"))
+    """How far the run was, without its tensors: `step`, `epoch` (from 0) and `numbers`.
+
+    Raises:
+        WeightsError: `ckpt.state`: not the state of a run; a manifest proves that nothing has
+            changed since, not who wrote it.
+    """
+    try:
+        state = io.read_json(path / "state.json")
+        wrong = [key for key, kind in KINDS.items() if type(state.get(key)) is not kind]
+        wrong = wrong or [f"numbers.{key}" for key in _wrong_records(state["numbers"])]
+    except MachineError as error:
+        wrong = [error.faults[0].text]
+    if wrong:
+        text = f"its state.json is not that of a run: {', '.join(wrong)}"
+        fix = "resume from an older checkpoint beside it, or start anew"
+        raise WeightsError.of("ckpt.state", path, text, fix)
     return state
+
+
+def _wrong_records(numbers: dict[str, Any]) -> Iterator[str]:
+    """What of the epochs' records cannot be told to a reader."""
+    history, best = numbers.get("history"), numbers.get("best")
+    if not (isinstance(history, list) and all(isinstance(r, dict) for r in history)):
+        yield "history"
+    if best is not None and not (isinstance(best, dict) and type(best.get(SCORE)) is float):
+        yield "best"
 
 
 def load(path: Path, *, identity: dict[str, Any], anyway: bool = False) -> Snapshot:
@@ -93,11 +119,9 @@ def load(path: Path, *, identity: dict[str, Any], anyway: bool = False) -> Snaps
         anyway: Go on although recipe or data differ (`--resume-anyway`).
 
     Raises:
-        WeightsError: `ckpt.corrupt` (manifest does not verify), `ckpt.newer` (format), or
-            `ckpt.other_run` listing what differs.
+        WeightsError: `ckpt.corrupt` (manifest does not verify), `ckpt.state`, `ckpt.newer`
+            (format), or `ckpt.other_run` listing what differs.
     """
-    from safetensors.torch import load_file
-
     problems = io.verify_dir(path)
     if problems:
         raise WeightsError.of(
@@ -108,14 +132,13 @@ def load(path: Path, *, identity: dict[str, Any], anyway: bool = False) -> Snaps
         text = f"written in format {meta['format']}, this vitft reads up to {FORMAT}"
         raise WeightsError.of("ckpt.newer", path, text, "update vitft")
     changed = _differences(meta["identity"], identity)
-    if changed and not anyway:
-        raise WeightsError.of(
-            "ckpt.other_run",
-            path,
-            "it belongs to a run with " + "; ".join(changed),
-            "resume with the run's own recipe.resolved.yaml, or pass --resume-anyway",
-        )
-    tensors = load_file(path / "state.safetensors")
+    never = any(meta["identity"].get(key) != identity.get(key) for key in NEVER)
+    if changed and (never or not anyway):
+        text = "it belongs to a run with " + "; ".join(changed)
+        fix = "resume with the run's own recipe.resolved.yaml, or "
+        fix += "start anew" if never else "pass --resume-anyway"
+        raise WeightsError.of("ckpt.other_run", path, text, fix)
+    tensors = tensorfile.load(path / "state.safetensors", "safetensors")
     at = (meta["step"], meta["epoch"], meta["batch"])
     return Snapshot(*at, tensors, meta["numbers"], changed)
 
@@ -143,12 +166,20 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The way back; hyper-parameters stay those of the recipe (the schedule sets them anyway)."""
+    """The way back; hyper-parameters stay those of the recipe (the schedule sets them anyway).
+
+    Raises:
+        WeightsError: `ckpt.state`: a slot that no parameter can have.
+    """
+    shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        if key.startswith("optimizer/"):
-            _, k, name = key.split("/", 2)
-            state.setdefault(int(k), {})[name] = value
+    for key, value in under("optimizer", tensors).items():
+        number, _, name = key.partition("/")
+        k = int(number) if number.isdecimal() else len(shapes)
+        if k >= len(shapes) or value.numel() > max(1, shapes[k].numel()):  # some keep row sums
+            text = f"optimizer/{key} {list(value.shape)} fits none of {len(shapes):,} parameters"
+            raise WeightsError.of("ckpt.state", "the checkpoint", text, "start anew")
+        state.setdefault(k, {})[name] = value
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 

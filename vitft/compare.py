@@ -9,7 +9,6 @@ each run; the pictures of the page come from where the recipe says the photograp
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 
 from vitft import console, gallery, images, io, recipe, stats
 from vitft.console import say
-from vitft.errors import DataError, RecipeError, VitftError, escape
+from vitft.errors import DataError, MachineError, RecipeError, VitftError, escape
 from vitft.pages import Bullets, Gallery, Photo, Section, Table, percent, render
 from vitft.pages import Share as Cell
 from vitft.stats import Difference, Interval
@@ -247,10 +246,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _json(path: Path) -> dict[str, object]:
     """A JSON object; empty where the file is missing or is something else."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return io.read_json(path)
+    except MachineError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _table(path: Path, *columns: str) -> list[Row]:

@@ -282,6 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Writes one PNG and prints its path; exit code 3 if a photograph could not be read."""
     args = parser().parse_args(argv)
     _check(args)
+    io.require_outside(args.out, [*args.inputs, *product.sealed(args.model)])
     console.setup()
     session = Session(args.model, args.device)
     if args.figure:

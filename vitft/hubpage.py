@@ -6,12 +6,11 @@ is there and from the model's own Card otherwise. Nothing is claimed that was no
 """
 
 import html
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vitft import model, recipe
+from vitft import io, model, recipe
 from vitft.card import Card
 from vitft.errors import VitftError, escape
 
@@ -112,17 +111,35 @@ def _with_interval(name: str, scores: Mapping[str, Any]) -> str:
 
 def _metrics(run: Path | None) -> dict[str, Any]:
     try:
-        found = json.loads((run / "metrics.json").read_text("utf-8")) if run else {}
-    except (OSError, ValueError):
+        return io.read_json(run / "metrics.json") if run else {}
+    except VitftError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _scores(card: Card, told: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The split and its numbers, as far as they are numbers: a Card may come from anyone."""
     for split in ("test", "val"):
         if isinstance(told.get(split), dict):
-            return split, told[split]
-    return str(card.metrics.get("split", "")), dict(card.metrics)
+            return split, _sound(told[split])
+    return _plain(card.metrics.get("split", "")), _sound(card.metrics)
+
+
+def _sound(scores: Mapping[str, Any]) -> dict[str, Any]:
+    out = {name: v for name, v in scores.items() if name not in WORDS or _is_number(v)}
+    for name in [name for name in out if name.endswith("_interval")]:
+        bounds = _object(out[name])
+        if not (_is_number(bounds.get("low")) and _is_number(bounds.get("high"))):
+            del out[name]
+    rows = out.get("per_class")
+    return out | {"per_class": rows if isinstance(rows, list) else []}
+
+
+def _object(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _recipe(card: Card) -> recipe.Recipe | None:
@@ -153,7 +170,7 @@ def _results(split: str, scores: Mapping[str, Any]) -> Iterator[str]:
         yield "Nothing was measured."
         return
     once = ", which also chose the model and so flatter it" if split == "val" else ""
-    n = scores.get("n", "?")
+    n = _plain(scores.get("n", "?"))
     yield f"On {n} photographs of the {split} split{once}:"
     yield "\n| number | value | 95 % interval |\n|---|---|---|"
     for name, word in WORDS.items():
@@ -166,11 +183,12 @@ def _results(split: str, scores: Mapping[str, Any]) -> Iterator[str]:
         yield "\n| class | recall | precision | photographs |\n|---|---|---|---|"
     for row in rows:
         recall, precision = (_number(row.get(key)) for key in ("recall", "precision"))
-        yield f"| {_plain(row.get('name'))} | {recall} | {precision} | {row.get('support')} |"
+        name, support = _plain(row.get("name")), _plain(row.get("support"))
+        yield f"| {name} | {recall} | {precision} | {support} |"
 
 
 def _number(value: object) -> str:
-    return f"{value:.3f}" if isinstance(value, int | float) else "-"
+    return f"{value:.3f}" if _is_number(value) else "-"
 
 
 def _temperature(card: Card) -> Iterator[str]:
@@ -200,14 +218,15 @@ def _limits(card: Card, split: str, scores: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _data(card: Card, told: Mapping[str, Any]) -> Iterator[str]:
-    counts = (told.get("ledger") or {}).get("counts") or {}
+    ledger = _object(told.get("ledger"))
+    counts = _object(ledger.get("counts"))
     if counts:
         yield "| class | train | val | test |\n|---|---|---|---|"
         for name, row in list(counts.items())[:SHOWN]:
-            cells = " | ".join(str(row.get(s, 0)) for s in ("train", "val", "test"))
+            cells = " | ".join(_plain(_object(row).get(s, 0)) for s in ("train", "val", "test"))
             yield f"| {_plain(name)} | {cells} |"
-        ledger = told["ledger"]
-        yield f"\n{ledger.get('used')} photographs of {ledger.get('found')} found were used."
+        used, found = _plain(ledger.get("used")), _plain(ledger.get("found"))
+        yield f"\n{used} photographs of {found} found were used."
     else:
         names = ", ".join(_plain(c) for c in card.classes[:SHOWN])
         yield f"Classes: {names}{', ...' if len(card.classes) > SHOWN else ''}."

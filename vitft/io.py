@@ -5,10 +5,10 @@ under a temporary name, sealed with a manifest of sizes and sha256, then renamed
 between (kill, power cut, full disk), a reader meets the old one or the new one, never a mixture.
 
     files      write_bytes  write_text  write_json  write_csv  write_tensors  staged_file
-    logs       append_line  read_lines  trim_lines  open_log   appending
+    logs       append_line  read_lines  trim_lines  open_log   appending  read_json
     folders    staged_dir  verify_dir  newest_whole  keep_newest  make_dir  scratch_dir
     names      remove  move  move_aside  link_latest  sweep
-    machine    lock  require_space  require_writable  cache_dir
+    machine    lock  require_space  require_writable  require_outside  lies_in  cache_dir
 
 Temporary names are `.<name>.<8 hex digits>.tmp`, hidden from every pattern that does not start with
 a dot, and locked by their writer, so that `sweep` can tell a dead one from a live one.
@@ -36,7 +36,7 @@ from types import SimpleNamespace
 from typing import IO, TYPE_CHECKING, Any
 
 from vitft import encode
-from vitft.errors import BusyError, MachineError, VitftError
+from vitft.errors import BusyError, MachineError, RecipeError, VitftError
 
 if TYPE_CHECKING:
     from vitft.encode import Tensor
@@ -268,7 +268,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(_whole_lines(path), 1):
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         if not isinstance(record, dict):
             raise MachineError.of(
@@ -279,6 +279,25 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             )
         records.append(record)
     return records
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        MachineError: `env.damaged`: missing, unreadable, no JSON, or something else than an object.
+    """
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        problem = f"holds {type(found).__name__} where an object belongs"
+    except OSError as error:
+        found, problem = None, f"cannot be read ({_errno_name(error)})"
+    except (ValueError, RecursionError) as error:
+        found, problem = None, f"is no JSON ({type(error).__name__}: {str(error)[:100]})"
+    if isinstance(found, dict):
+        return found
+    fix = "restore the file from a copy, or make it again"
+    raise MachineError.of("env.damaged", path, problem, fix)
 
 
 def trim_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
@@ -330,7 +349,8 @@ class _LogFile(logging.FileHandler):
 
 
 def _whole_lines(path: Path) -> list[bytes]:
-    data = path.read_bytes() if path.exists() else b""
+    with _explained(path):
+        data = path.read_bytes() if path.exists() else b""
     return data[: data.rfind(b"\n") + 1].splitlines(keepends=True)
 
 
@@ -715,6 +735,30 @@ def require_writable(folder: Path) -> None:
     remove(trial)
 
 
+def lies_in(path: Path, folder: Path) -> bool:
+    """Whether what is written under a name lands in a folder, or replaces it."""
+    landing = Path(os.path.realpath(path.parent), path.name)  # a link to a file is replaced itself
+    if path.is_dir():
+        landing = Path(os.path.realpath(path))
+    return landing.is_relative_to(os.path.realpath(folder))
+
+
+def require_outside(out: Path, inputs: Iterable[Path]) -> None:
+    """Refuses an output that would replace one of the inputs, or lie in a folder of them.
+
+    Raises:
+        RecipeError: `cli.out_in_data`.
+    """
+    for given in inputs:
+        if given.is_dir() and lies_in(out, given):
+            text = f"lies below the data {given}, where vitft never writes"
+        elif os.path.realpath(out) == os.path.realpath(given):
+            text = f"is {given}, which is read and never written"
+        else:
+            continue
+        raise RecipeError.of("cli.out_in_data", out, text, "name a place elsewhere")
+
+
 def cache_dir() -> Path:
     """Where things that can be made again are kept: $VITFT_CACHE, else the user's cache folder."""
     if own := os.environ.get("VITFT_CACHE"):
@@ -765,7 +809,7 @@ def _holder() -> dict[str, object]:
 def _read_holder(path: Path) -> dict[str, Any]:
     try:
         holder = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}  # it is writing its name just now, or has just left
     return holder if isinstance(holder, dict) else {}
 

@@ -6,7 +6,6 @@ is tried again later, since the one before it is whole; the third failure in a r
 """
 
 import errno
-import json
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -160,11 +159,11 @@ def _is_harmless(key: str) -> bool:
 def _other_machine(folder: Path, now: dict[str, Any]) -> Iterator[str]:
     """What is no mistake to change, and can still change the last bits."""
     try:
-        then = json.loads((folder / "env.json").read_text("utf-8"))
+        then = io.read_json(folder / "env.json")
         for key in ("device", "device_name", "threads", "processes", "versions"):
             if then[key] != now[key]:
                 yield f"{key} was {then[key]}, now {now[key]}"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (MachineError, KeyError):
         yield "env.json does not say on what machine it began"
 
 

@@ -4,7 +4,7 @@ Likeness is the cosine of what the head reads. The features come from the store 
 them, and are computed once where not; the photographs stay where they are.
 """
 
-import csv
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,9 @@ from vitft.card import Card
 from vitft.console import say, warn
 from vitft.errors import VitftError
 from vitft.loaders import Photos
+from vitft.table import read_table
 
+SHA256 = re.compile("[0-9a-f]{64}")
 MOST = 2000  # training photographs that are compared, evenly over the split
 
 
@@ -56,7 +58,7 @@ def of_run(path: Path, net: nn.Module, card: Card, device: torch.device) -> Near
     try:
         spec = recipe.load(run / "recipe.resolved.yaml")
         rows = _train_rows(run, spec)
-    except (OSError, ValueError, KeyError, csv.Error) as error:  # a VitftError is a ValueError
+    except (OSError, VitftError) as error:
         say(f"no nearest training photographs: {run} is no finished run ({type(error).__name__})")
         return None
     if not rows:
@@ -93,9 +95,11 @@ def _train_rows(run: Path, spec: recipe.Recipe) -> list[tuple[Path, str, str]]:
     """File, label and sha256 of the training photographs that are here."""
     root = offline.data_root(spec.data.root)
     root = root if root.is_dir() else root.parent
-    with (run / "split.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as text:
-        rows = [row for row in csv.DictReader(text) if row["split"] == "train"]
+    table = read_table(run / "split.csv", required=("path", "sha256", "label", "split"))
+    rows = [
+        row for row in table if row.get("split") == "train" and SHA256.fullmatch(row.get("sha256"))
+    ]
     if len(rows) > MOST:
         rows = [rows[i] for i in np.linspace(0, len(rows) - 1, MOST).astype(int)]
-    found = ((root / row["path"], row["label"], row["sha256"]) for row in rows)
+    found = ((root / row.get("path"), row.get("label"), row.get("sha256")) for row in rows)
     return [row for row in found if row[0].is_file()]

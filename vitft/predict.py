@@ -262,6 +262,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     console.setup()
     out = _target(args)
+    if out is not None:
+        io.require_outside(out[0], [*args.inputs, *product.sealed(args.model)])
     predictor = Predictor(args.model, args.device)
     files = list_files(args.inputs)
     classes = predictor.card.classes

@@ -170,6 +170,16 @@ def find_file(path: Path) -> Path:
     raise _unfinished(path)
 
 
+def sealed(path: Path) -> tuple[Path, ...]:
+    """What of a model a reader names must not change: its folder, if that has a manifest."""
+    try:
+        file = find_file(path)
+    except WeightsError:
+        return ()  # told when it is loaded
+    whole = (file.parent / io.MANIFEST).is_file()
+    return (file.parent,) if whole else (file,)
+
+
 def _unfinished(folder: Path) -> WeightsError:
     """Says how far a run without a product had come."""
     newest = checkpoint.newest(folder / "checkpoints")

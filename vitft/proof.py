@@ -6,7 +6,6 @@ then through the model in PyTorch on the CPU and through the file. Three golden 
 logits travel in the folder, so that whoever receives it can check it again.
 """
 
-import csv
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from vitft import card as cards
 from vitft import images, io, offline, product, recipe, stats
 from vitft.card import Card
 from vitft.console import track, warn
@@ -27,6 +27,7 @@ from vitft.folders import EXTENSIONS
 from vitft.graph import Runner
 from vitft.images import BadImage, DecodeSpec
 from vitft.inputs import TransformSpec, normalise, pixels
+from vitft.table import read_table
 
 TOLERANCE = 1e-4  # of a probability; of a logit, times 1 + the largest
 CHUNK = 32  # photographs in memory
@@ -127,8 +128,9 @@ def gather(model: Path, given: Sequence[Path], limit: int) -> Evidence:
     if given:
         files = _spread(tuple(given), limit)
         return Evidence(files, f"the {len(files):,} photographs given")
-    run = product.find_file(model).parent.parent
-    found = _of_run(run) if (run / "predictions.csv").is_file() else None
+    file = product.find_file(model)
+    run, classes = file.parent.parent, cards.read(file).classes
+    found = _of_run(run, classes) if (run / "predictions.csv").is_file() else None
     if found is None:
         warn("the run's test photographs are not here; the bundled flowers are used to compare")
         files = _spread(tuple(sorted(SAMPLE.rglob("*.jpg"))), min(limit, 2 * CHUNK))
@@ -146,19 +148,16 @@ def _spread(items: tuple[Any, ...], limit: int) -> tuple[Any, ...]:
     return tuple(items[i] for i in np.linspace(0, len(items) - 1, limit).astype(int))
 
 
-def _of_run(run: Path) -> Evidence | None:
+def _of_run(run: Path, classes: Sequence[str]) -> Evidence | None:
     """The photographs of predictions.csv; None if the first of them has gone."""
     try:
-        with (run / "predictions.csv").open(
-            newline="", encoding="utf-8", errors="surrogateescape"
-        ) as table:
-            rows = list(csv.DictReader(table))
+        rows = read_table(run / "predictions.csv", required=("path", "label"))
         root = offline.data_root(recipe.load(run / "recipe.resolved.yaml").data.root)
         root = root if root.is_dir() else root.parent
-        stored = [[float(v) for k, v in row.items() if k.startswith("p:")] for row in rows]
-        files = tuple(root / row["path"] for row in rows)
-        labels = tuple(row["label"] for row in rows)
-    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        stored = [[float(row.get(f"p:{name}")) for name in classes] for row in rows]
+        files = tuple(root / row.get("path") for row in rows)
+        labels = tuple(row.get("label") for row in rows)
+    except (OSError, ValueError) as error:  # a VitftError is a ValueError
         text = f"its predictions.csv or recipe cannot be read ({type(error).__name__}: {error})"
         fix = "name photographs with --images"
         raise DataError.of("export.photographs", run, text[:300], fix) from None

@@ -160,7 +160,7 @@ def _run(
 
 def _folder(p: Prepared, base: Path, resume: str | None) -> Path:
     root = offline.data_root(p.recipe.data.root)  # a CSV only names files, and owns no folder
-    if root.is_dir() and base.resolve().is_relative_to(root.resolve()):
+    if root.is_dir() and io.lies_in(base, root):
         text = f"the run would be written below the data, {root}"
         fix = "start it in another folder, or set output"
         raise RecipeError.of("run.below_data", base, text, fix)
@@ -362,7 +362,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str] | None, ranks: Ranks) -> int:
-    args = ranks.first_does(lambda: parser().parse_args(argv))
+    args = ranks.first_does(lambda: parser().parse_intermixed_args(argv))
     spec = ranks.first_does(lambda: recipe.load(args.recipe, args.overrides))
     if args.print_config or args.plan:
         ranks = ranks.alone()

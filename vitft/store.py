@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from vitft import io
 from vitft.console import warn
+from vitft.errors import MachineError
 
 MAGIC = b"VITFTF01"
 HEAD = struct.Struct("<III")  # rows, width, bytes per value
@@ -144,8 +145,8 @@ def _info(folder: Path) -> Info:
         if len(head) == len(MAGIC) + 32 + HEAD.size:
             rows += HEAD.unpack(head[-HEAD.size :])[0]
     try:
-        about = json.loads((folder / "about.json").read_text("utf-8"))
-    except (OSError, ValueError):
+        about = io.read_json(folder / "about.json")
+    except MachineError:
         about = {}
     return Info(folder, about, len(shards), rows, sum(s.stat().st_size for s in shards))
 

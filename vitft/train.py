@@ -21,9 +21,10 @@ from timm.task import ClassificationTask
 from timm.utils.clip_grad import dispatch_clip_grad
 from torch import Tensor, nn
 
+from vitft import weights
 from vitft.checkpoint import Snapshot, flatten_optimizer, restore_optimizer, under
 from vitft.console import say, warn
-from vitft.errors import DivergedError, MachineError, VitftError
+from vitft.errors import DivergedError, MachineError, VitftError, WeightsError
 from vitft.inputs import derive_seed
 from vitft.kernels import fast_linear
 from vitft.ranks import ALONE, Ranks
@@ -93,6 +94,12 @@ class _State:
     best: dict[str, Any] | None = None
     best_tensors: dict[str, Tensor] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
+
+
+# What a checkpoint keeps of it besides tensors, records and places.
+NUMBERS = {
+    "loss_sum": float, "hits": float, "seen": int, "splits": int, "since_best": int, "scaler": dict
+}  # fmt: skip
 
 
 class Trainer:
@@ -458,15 +465,36 @@ class Trainer:
 
     def _restore(self, snapshot: Snapshot) -> None:
         t, n, s = snapshot.tensors, snapshot.numbers, self.state
+        self._require_fit(snapshot)
+        restore_optimizer(self.optimizer, t)
         self.net.load_state_dict(under("model", t), strict=False)
         if self.task.has_ema():
             self._average().load_state_dict(under("ema", t), strict=False)
-        restore_optimizer(self.optimizer, t)
         self.scaler.load_state_dict(n["scaler"])
         s.step, s.epoch, s.batch = snapshot.step, snapshot.epoch, snapshot.batch
         s.loss_sum, s.hits, s.seen, s.splits = n["loss_sum"], n["hits"], n["seen"], n["splits"]
         s.since_best, s.best, s.history = n["since_best"], n["best"], list(n["history"])
         s.best_tensors = under("best", t)
+
+    def _require_fit(self, snapshot: Snapshot) -> None:
+        """Every trained tensor is there in its shape, since what is missing would stay fresh.
+
+        Raises:
+            WeightsError: That, or `ckpt.state`: its numbers are not those of this loop.
+        """
+        tensors, n, epochs = snapshot.tensors, snapshot.numbers, self.spec.epochs
+        wrong = [key for key, kind in NUMBERS.items() if type(n.get(key)) is not kind]
+        if min(snapshot.step, snapshot.epoch, snapshot.batch) < 0 or snapshot.epoch > epochs:
+            wrong.append(f"epoch {snapshot.epoch:,} of {epochs:,}")
+        if wrong:
+            text, fix = f"its state does not fit this run: {', '.join(wrong)}", "start anew"
+            raise WeightsError.of("ckpt.state", "the checkpoint", text, fix)
+        trained = _trained(self.net)
+        own = {k: v for k, v in self.net.state_dict().items() if k in trained}
+        parts = ["model"] + ["ema"] * self.task.has_ema()
+        parts += ["best"] * any(name.startswith("best/") for name in tensors)
+        for part in parts:
+            weights.check(under(part, tensors), own, place=f"the checkpoint's {part}")
 
 
 def set_train_mode(net: nn.Module) -> None:

@@ -5,20 +5,20 @@ with the product alone, and compares with what was stored. Says what changed, fi
 """
 
 import argparse
-import csv
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from vitft import console, io, model, offline, product, recipe
+from vitft import console, images, io, model, offline, product, recipe
 from vitft.console import say, track
-from vitft.errors import DataError, Fault, VitftError, WeightsError, escape
+from vitft.errors import DataError, Fault, MachineError, VitftError, WeightsError, escape
+from vitft.images import BadImage
 from vitft.predict import Predictor
+from vitft.table import Row, read_table
 
 SHOWN = 5  # names of one kind before the rest is counted
 TOLERANCE = 1e-5  # of a probability, on another machine or number of threads
@@ -47,21 +47,24 @@ def verify(folder: Path, device: str = "auto") -> tuple[Check, ...]:
         device: As in a recipe.
 
     Raises:
-        DataError: `run.not_a_run`: files of a finished run are missing.
+        DataError: `run.not_a_run`: files of a finished run are missing; or a table is no table.
+        MachineError: `env.damaged`: metrics.json does not hold a run's numbers.
     """
-    stored = _stored(folder)
+    _require_all(folder)
+    claimed, was = _claims(folder / "metrics.json")
     spec = recipe.load(folder / "recipe.resolved.yaml")
     root = offline.data_root(spec.data.root)
     root = root if root.is_dir() else root.parent
-    rows = _rows(folder / "split.csv")
-    checks = [_photographs(root, rows), _weights(spec, stored), _product(folder)]
+    rows = read_table(folder / "split.csv", required=("path", "sha256"))
+    said = read_table(folder / "predictions.csv", required=("path", "label", "prediction"))
+    checks = [_photographs(root, rows), _weights(spec, was), _product(folder)]
     if checks[2].ok:
-        checks.append(_predictions(folder, root, device))
-        checks.append(_accuracy(folder, stored))
+        checks.append(_predictions(folder, root, device, said))
+        checks.append(_accuracy(said, claimed))
     return tuple(checks)
 
 
-def _stored(folder: Path) -> dict[str, Any]:
+def _require_all(folder: Path) -> None:
     names = ("metrics.json", "recipe.resolved.yaml", "split.csv", "predictions.csv")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
@@ -69,30 +72,36 @@ def _stored(folder: Path) -> dict[str, Any]:
         raise DataError(
             [Fault("run.not_a_run", str(folder / n), "is not there", fix) for n in missing]
         )
-    out: dict[str, Any] = json.loads((folder / "metrics.json").read_text("utf-8"))
-    return out
 
 
-def _rows(file: Path) -> list[dict[str, str]]:
-    with file.open(newline="", encoding="utf-8", errors="surrogateescape") as f:
-        return list(csv.DictReader(f))
+def _claims(file: Path) -> tuple[float, str]:
+    """The accuracy of the scored split, and the sha256 of the starting weights or ""."""
+    stored = io.read_json(file)
+    try:
+        split = "test" if "test" in stored else "val"
+        return float(stored[split]["accuracy"]), str(stored["weights"]["sha256"] or "")
+    except (KeyError, TypeError, ValueError) as error:
+        text = f"does not say accuracy and weights ({type(error).__name__}: {str(error)[:100]})"
+        raise MachineError.of("env.damaged", file, text, "run the recipe again") from None
 
 
-def _photographs(root: Path, rows: list[dict[str, str]]) -> Check:
+def _photographs(root: Path, rows: Sequence[Row]) -> Check:
     """Every photograph of split.csv, by content."""
-    gone, changed = [], []
+    gone: list[str] = []
+    changed: list[str] = []
     for row in track(rows, len(rows), "hashing photographs"):
+        path = row.get("path")
         try:
-            if io.sha256_file(root / row["path"]) != row["sha256"]:
-                changed.append(row["path"])
-        except OSError:
-            gone.append(row["path"])
+            if io.sha256_bytes(images.read_bytes(root / path)) != row.get("sha256"):
+                changed.append(path)
+        except BadImage as error:
+            there = error.faults[0].id not in ("data.missing", "data.broken_link")
+            (changed if there else gone).append(path)
     text = f"{len(rows):,} photographs" + _named("changed", changed) + _named("missing", gone)
     return Check("photographs", text, not gone and not changed)
 
 
-def _weights(spec: recipe.Recipe, stored: dict[str, Any]) -> Check:
-    was = stored["weights"]["sha256"]
+def _weights(spec: recipe.Recipe, was: str) -> Check:
     if not was:
         return Check("weights", "random from the seed, no file to compare", True)
     try:
@@ -115,34 +124,39 @@ def _product(folder: Path) -> Check:
     return Check("model", f"{card.architecture} for {len(card.classes)} classes, whole", True)
 
 
-def _predictions(folder: Path, root: Path, device: str) -> Check:
-    """The product's answers now against those in predictions.csv."""
-    before = _rows(folder / "predictions.csv")
+def _predictions(folder: Path, root: Path, device: str, before: Sequence[Row]) -> Check:
+    """The product's answers now against those in predictions.csv, class by class."""
     predictor = Predictor(folder, device)
-    files = [root / row["path"] for row in before]
+    classes = predictor.card.classes
+    files = [root / row.get("path") for row in before]
     answers = list(track(predictor(files), len(files), "predicting again"))
     unreadable = [str(a.path) for a in answers if a.probabilities is None]
     flipped, gap = [], 0.0
     for row, answer in zip(before, answers, strict=True):
         if answer.probabilities is None:
             continue
-        was = np.array([float(v) for k, v in row.items() if k.startswith("p:")])
-        gap = max(gap, float(np.abs(was - answer.probabilities).max()))
-        if predictor.card.classes[int(answer.probabilities.argmax())] != row["prediction"]:
-            flipped.append(row["path"])
+        apart = np.abs(_probabilities(row, classes) - answer.probabilities).max()
+        gap = max(gap, np.inf if np.isnan(apart) else float(apart))
+        if classes[int(answer.probabilities.argmax())] != row.get("prediction"):
+            flipped.append(row.get("path"))
     text = f"{len(before):,} predicted again, largest difference of a probability {gap:.1e}"
     text += _named("now answered otherwise", flipped) + _named("unreadable", unreadable)
     return Check("predictions", text, not flipped and not unreadable and gap <= TOLERANCE)
 
 
-def _accuracy(folder: Path, stored: dict[str, Any]) -> Check:
+def _probabilities(row: Row, classes: Sequence[str]) -> NDArray[np.float64]:
+    """[C] as stored; NaN where a cell is no number."""
+    try:
+        return np.array([float(row.get(f"p:{name}")) for name in classes])
+    except ValueError:
+        return np.full(len(classes), np.nan)
+
+
+def _accuracy(said: Sequence[Row], claimed: float) -> Check:
     """The stored accuracy against the stored predictions."""
-    rows = _rows(folder / "predictions.csv")
-    split = "test" if "test" in stored else "val"
-    hits = sum(row["prediction"] == row["label"] for row in rows)
-    claimed = stored[split]["accuracy"]
-    text = f"{hits:,} of {len(rows):,} predictions are right; metrics.json says {claimed:.4f}"
-    return Check("accuracy", text, len(rows) > 0 and abs(hits / len(rows) - claimed) < 1e-12)
+    hits = sum(row.get("prediction") == row.get("label") for row in said)
+    text = f"{hits:,} of {len(said):,} predictions are right; metrics.json says {claimed:.4f}"
+    return Check("accuracy", text, abs(hits / len(said) - claimed) < 1e-12)
 
 
 def _named(what: str, paths: list[str]) -> str:
