@@ -163,6 +163,17 @@ def test_the_hub_page_has_licence_numbers_with_intervals_and_says_what_is_not_ap
     assert metric["value"] == pytest.approx(told["accuracy"])
     low, high = told["accuracy_interval"]["low"], told["accuracy_interval"]["high"]
     assert f"| Accuracy | {told['accuracy']:.3f} | {low:.3f} to {high:.3f} |" in text
+    for key, words in (("before", "of the plain softmax"), ("after", "with the temperature")):
+        found = json.loads((finished / "metrics.json").read_text())["trust"][f"calibration_{key}"]
+        ends = found["ece_interval"]
+        between = f"{ends['low']:.3f} to {ends['high']:.3f}"
+        assert f"| Calibration error {words} | {found['ece']:.3f} | {between} |" in text
+    daisy = told["per_class"][0]
+    ends = daisy["recall_interval"]
+    between = f"{ends['low']:.3f} to {ends['high']:.3f}"
+    assert f"| daisy | {daisy['recall']:.3f} ({between}) | " in text
+    assert "35 images: one image is 2.9 points." in text
+    assert "A class with fewer than 30 photographs has a first impression" in text
     assert "**not applied** in this format" in text
     assert "250 photographs of 250 found were used" in text
 

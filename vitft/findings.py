@@ -7,7 +7,7 @@ left out and said to be.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -121,10 +121,11 @@ def find(p: Prepared, learned: Learned, predictions: Predictions, val: Predictio
     t = temperature.value if temperature else 1.0
     before = clock("calibration", lambda: _calibration(p, predictions, 1.0))
     after = clock("calibration", lambda: _calibration(p, predictions, t)) if temperature else None
-    offers = {e: _offer(predictions, val, t, e) for e in (spec.max_error or 0.0, *ERRORS) if e}
+    targets = [e for e in (spec.max_error or 0.0, *ERRORS) if e]
+    offers = clock("abstaining", lambda: {e: _offer(predictions, val, t, e) for e in targets})
     chosen = offers.pop(spec.max_error) if spec.max_error else (None, None)
-    x = clock("features", lambda: _all_features(p, learned, left_out))
-    links = clock("leaks", lambda: _links(p, x)) if spec.audit else None
+    x = clock("features", lambda: all_features(p, learned, left_out))
+    links = clock("leaks", lambda: copies(p, x)) if spec.audit else None
     doubted = None
     if spec.suspects and x is not None:
         doubted = clock("suspects", lambda: _suspects(p, learned, x, links, left_out))
@@ -132,8 +133,11 @@ def find(p: Prepared, learned: Learned, predictions: Predictions, val: Predictio
     if spec.learning_curve and x is not None:
         growth, gains = clock("learning curve", lambda: _growth(p, learned, x, left_out))
     right = predictions.logits.argmax(axis=1) == predictions.labels
-    band = clock("seeds", lambda: _band(p, learned))
-    say("what the findings cost: " + ", ".join(f"{k} {s:.1f} s" for k, s in clock.seconds.items()))
+    band = clock("seed band", lambda: _band(p, learned))
+    intervals = clock("intervals", lambda: _intervals(p, predictions))
+    foreign = clock("foreign pictures", lambda: _foreign(p, x)) if x is not None else None
+    nearest = clock("nearest", lambda: _nearest(p, x)) if x is not None else None
+    say(f"what the findings cost: {cost(clock.seconds)}")
     return Findings(
         temperature=temperature,
         before=before,
@@ -141,8 +145,8 @@ def find(p: Prepared, learned: Learned, predictions: Predictions, val: Predictio
         abstain=chosen[0],
         accepted=chosen[1],
         offers=offers,
-        foreign=_foreign(p, x) if x is not None else None,
-        nearest=_nearest(p, x) if x is not None else None,
+        foreign=foreign,
+        nearest=nearest,
         links=links,
         honest=_honest(p, links, right) if links is not None else None,
         doubted=doubted,
@@ -150,7 +154,7 @@ def find(p: Prepared, learned: Learned, predictions: Predictions, val: Predictio
         growth=growth,
         gains=gains,
         band=band,
-        intervals=clock("intervals", lambda: _intervals(p, predictions)),
+        intervals=intervals,
         left_out=tuple(left_out),
         seconds=clock.seconds,
     )
@@ -167,6 +171,11 @@ class _Clock:
         out = part()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
         return out
+
+
+def cost(seconds: Mapping[str, float]) -> str:
+    """What each part took, in words."""
+    return ", ".join(f"{name} {s:.1f} s" for name, s in seconds.items())
 
 
 # -- the parts ------------------------------------------------------------------------------------
@@ -189,8 +198,8 @@ def _offer(
     return chosen, doubt.accepted(probabilities, predictions.labels, chosen.threshold)
 
 
-def _all_features(p: Prepared, learned: Learned, left_out: list[str]) -> NDArray[np.float32] | None:
-    """Plain features of every photograph, in the index's order."""
+def all_features(p: Prepared, learned: Learned, left_out: list[str]) -> NDArray[np.float32] | None:
+    """Plain features [N, D] of every photograph, in the index's order; why not, where none."""
     if not learned.backbone_frozen:
         left_out.append(
             "wrong labels, near-copies by content and foreign pictures need a frozen backbone: "
@@ -208,7 +217,8 @@ def _all_features(p: Prepared, learned: Learned, left_out: list[str]) -> NDArray
     return x
 
 
-def _links(p: Prepared, x: NDArray[np.float32] | None) -> audit.Links:
+def copies(p: Prepared, x: NDArray[np.float32] | None) -> audit.Links:
+    """Copies and near-copies among all photographs."""
     files = [p.index.file(i) for i in range(len(p.index.paths))]
     prints = audit.fingerprints(files, p.index.sha256, p.decode, cache=io.cache_dir() / "prints")
     return audit.link(p.index.sha256, prints, x)
@@ -293,10 +303,10 @@ def _foreign(p: Prepared, x: NDArray[np.float32]) -> doubt.Foreign:
 
 
 def _band(p: Prepared, learned: Learned) -> trust.SeedBand | None:
-    accuracies = band_of_heads(p, learned)
+    what, accuracies = band_of_heads(p, learned)
     if not accuracies:
         return None
-    band = trust.seed_band(accuracies)
+    band = trust.seed_band(accuracies, what)
     say(band.sentence())
     return band
 

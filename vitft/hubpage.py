@@ -13,12 +13,17 @@ from typing import Any
 from vitft import io, model, recipe
 from vitft.card import Card
 from vitft.errors import VitftError, escape
+from vitft.stats import FEW, in_words
 
 WORDS = {
     "accuracy": "Accuracy",
     "balanced_accuracy": "Balanced accuracy",
     "macro_f1": "Macro F1",
     "log_loss": "Log loss",
+}
+CALIBRATIONS = {  # keys of metrics.json's trust -> how the probabilities were made
+    "calibration_before": "Calibration error of the plain softmax",
+    "calibration_after": "Calibration error with the temperature",
 }
 HUB_NAMES = {"accuracy": "accuracy", "macro_f1": "f1"}  # metrics that the hub shows
 SHOWN = 100  # classes in the table
@@ -51,7 +56,7 @@ def page(card: Card, run: Path | None, licence: str, *, golden: str) -> str:
         "",
         "## How good it is",
         "",
-        *_results(split, scores),
+        *_results(split, scores, told.get("trust")),
         "",
         *_temperature(card),
         "",
@@ -165,7 +170,7 @@ def _base_model(card: Card) -> str | None:
         return None
 
 
-def _results(split: str, scores: Mapping[str, Any]) -> Iterator[str]:
+def _results(split: str, scores: Mapping[str, Any], trust: object) -> Iterator[str]:
     if not scores:
         yield "Nothing was measured."
         return
@@ -174,21 +179,44 @@ def _results(split: str, scores: Mapping[str, Any]) -> Iterator[str]:
     yield f"On {n} photographs of the {split} split{once}:"
     yield "\n| number | value | 95 % interval |\n|---|---|---|"
     for name, word in WORDS.items():
-        value, found = scores.get(name), scores.get(f"{name}_interval")
-        if value is not None:
-            low_high = f"{found['low']:.3f} to {found['high']:.3f}" if found else "not measured"
-            yield f"| {word} | {value:.3f} | {low_high} |"
+        yield from _line(word, scores.get(name), scores.get(f"{name}_interval"))
+    for key, word in CALIBRATIONS.items():
+        measured = _object(_object(trust).get(key))
+        yield from _line(word, measured.get("ece"), measured.get("ece_interval"))
+    count = scores.get("n")
+    words = in_words(count) if isinstance(count, int) and count > 0 else ""
+    if words:
+        yield f"\n{words[0].upper()}{words[1:]}."
     rows = [r for r in scores.get("per_class", []) if isinstance(r, dict)][:SHOWN]
     if rows:
         yield "\n| class | recall | precision | photographs |\n|---|---|---|---|"
     for row in rows:
-        recall, precision = (_number(row.get(key)) for key in ("recall", "precision"))
+        recall, precision = (_share(row, key) for key in ("recall", "precision"))
         name, support = _plain(row.get("name")), _plain(row.get("support"))
         yield f"| {name} | {recall} | {precision} | {support} |"
+    few = [r for r in rows if _is_number(r.get("support")) and r["support"] < FEW]
+    if few:
+        yield f"\nA class with fewer than {FEW} photographs has a first impression, no measurement."
 
 
-def _number(value: object) -> str:
-    return f"{value:.3f}" if _is_number(value) else "-"
+def _line(word: str, value: object, found: object) -> Iterator[str]:
+    """A row of the table of numbers."""
+    if _is_number(value):
+        yield f"| {word} | {value:.3f} | {_interval(found, 'not measured')} |"
+
+
+def _share(row: Mapping[str, Any], key: str) -> str:
+    """`0.912 (0.843 to 0.952)`."""
+    value, interval = row.get(key), _interval(row.get(f"{key}_interval"), "")
+    if not _is_number(value):
+        return "-"
+    return f"{value:.3f} ({interval})" if interval else f"{value:.3f}"
+
+
+def _interval(found: object, missing: str) -> str:
+    low, high = _object(found).get("low"), _object(found).get("high")
+    both = _is_number(low) and _is_number(high)
+    return f"{low:.3f} to {high:.3f}" if both else missing
 
 
 def _temperature(card: Card) -> Iterator[str]:
@@ -211,9 +239,6 @@ def _limits(card: Card, split: str, scores: Mapping[str, Any]) -> Iterator[str]:
     )
     yield ""
     yield f"- The numbers above hold for pictures from the source of the {split or 'test'} split."
-    n = scores.get("n")
-    if isinstance(n, int) and n < 200:
-        yield f"- They rest on {n} photographs only; their intervals are wide."
     yield "- It was not tested for medical, legal or safety decisions; do not use it there."
 
 

@@ -14,6 +14,7 @@ first rank's work; where photographs run through the model being trained, all ma
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from math import ceil
 from typing import Any, cast
 
 import numpy as np
@@ -364,22 +365,50 @@ def head_fit(p: Prepared, learned: Learned) -> Callable[[Rows, Ints, Rows], NDAr
     return fit
 
 
-def band_of_heads(p: Prepared, learned: Learned) -> list[float]:
-    """Accuracies on the scored split of heads that differ in the seed alone; [] where none can.
+def band_of_heads(p: Prepared, learned: Learned) -> tuple[str, list[float]]:
+    """What differed, and the accuracies on the scored split of as many heads; none where none can.
 
-    Cached features make it cheap; a solved probe has no seed, a trained backbone is trained once.
+    Cached features make it cheap. A trained head has a seed of its own (its start, its order, its
+    views). A solved one has none: there the seed decides which photographs train, so train and val
+    are drawn anew within each class, as large as they were. A trained backbone is trained once.
     """
-    if p.recipe.mode != "head" or learned.train_views is None:
-        return []
+    seeds = range(1, p.recipe.trust.head_seeds + 1)
+    if learned.train_views is not None:
+        return "head seeds", [_seeded(p, learned, learned.train_views, k) for k in seeds]
+    if learned.backbone_frozen and {"train", "val"} <= learned.features.keys():
+        return "draws of the training photographs", [_redrawn(p, learned, k) for k in seeds]
+    return "", []
+
+
+def _seeded(p: Prepared, learned: Learned, views: Features, k: int) -> float:
+    """Accuracy of a head trained once more, from another seed."""
     scored = learned.features.get(p.test_split) or extract(p, p.test_split)
-    val, out = learned.features["val"], []
-    for k in range(1, p.recipe.trust.head_seeds + 1):
-        head = nn.Linear(scored.x.shape[2], len(p.index.classes))
-        with torch.random.fork_rng([]):
-            torch.manual_seed(derive_seed(p.recipe.seed, "band", k))
-            nn.init.trunc_normal_(head.weight, std=0.02)
-            nn.init.zeros_(head.bias)
-        rows = _view_batches(p, learned.train_views, derive_seed(p.recipe.seed, "band", k))
-        _fit(p, head.to(p.device), rows, Hooks(), predict=_of_head(p, val))
-        out.append(evaluate.accuracy(head_predictions(head, scored, p.device)))
-    return out
+    seed = derive_seed(p.recipe.seed, "band", k)
+    head = nn.Linear(scored.x.shape[2], len(p.index.classes))
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        nn.init.trunc_normal_(head.weight, std=0.02)
+        nn.init.zeros_(head.bias)
+    rows, val = _view_batches(p, views, seed), learned.features["val"]
+    _fit(p, head.to(p.device), rows, Hooks(), predict=_of_head(p, val))
+    return evaluate.accuracy(head_predictions(head, scored, p.device))
+
+
+def _redrawn(p: Prepared, learned: Learned, k: int) -> float:
+    """Accuracy of a head solved on another draw of train and val together."""
+    train, val = learned.features["train"], learned.features["val"]
+    scored = learned.features.get(p.test_split) or extract(p, p.test_split)
+    if p.test_split == "val":  # what is scored must not train
+        x, y = train.x[0], train.y
+    else:
+        x, y = np.concatenate([train.x[0], val.x[0]]), np.concatenate([train.y, val.y])
+    rng = np.random.default_rng(derive_seed(p.recipe.seed, "band", k))
+    share = len(train.y) / (len(train.y) + len(val.y))
+    rows = np.concatenate(
+        [
+            rng.permutation(np.flatnonzero(y == c))[: ceil(share * (y == c).sum())]
+            for c in np.unique(y)
+        ]
+    )
+    logits = head_fit(p, learned)(x[rows], y[rows], scored.x[0])
+    return float((logits.argmax(axis=1) == scored.y).mean())

@@ -34,6 +34,7 @@ from vitft import (
     product,
     recipe,
     report,
+    summary,
     writeup,
 )
 from vitft.card import Card
@@ -143,6 +144,8 @@ def _run(
     p = replace(p, ranks=p.ranks.alone())
     scores = evaluate.score(answers, p.index.classes)
     found = findings.find(p, learned, answers, val)
+    for line in summary.lines(scores, found.intervals, found.after or found.before):
+        say(line)
     _write_product(p, scores, found, folder)
     seconds = time.monotonic() - started
     changed = snapshot.changed if snapshot else ()
@@ -271,23 +274,13 @@ def make_card(p: Prepared, scores: Scores, found: Findings) -> Card:
         seed=p.recipe.seed,
         versions=prepare.environment(p)["versions"],
         hashes={"data": prepare.data_hash(p.index), "weights": p.report.sha256},
-        metrics={"split": p.test_split, **summary(scores)},
+        metrics={"split": p.test_split, **_headline(scores, found)},
         extras=extras,
     )
 
 
-def summary(scores: Scores) -> dict[str, Any]:
-    """The headline numbers; fractions 0 to 1."""
-    return {
-        "n": scores.n,
-        "accuracy": scores.accuracy,
-        "accuracy_interval": asdict(scores.accuracy_interval),
-        "balanced_accuracy": scores.balanced_accuracy,
-        "macro_f1": scores.macro_f1,
-        "log_loss": scores.log_loss,
-        "majority": scores.majority,
-        "top_k": {str(k): v for k, v in scores.top_k.items()},
-    }
+def _headline(scores: Scores, found: Findings) -> dict[str, Any]:
+    return summary.headline(scores, found.intervals, found.after or found.before)
 
 
 def _write_numbers(
@@ -299,14 +292,12 @@ def _write_numbers(
     seconds: float,
     changed: tuple[str, ...],
 ) -> None:
-    intervals = {f"{k}_interval": asdict(v) for k, v in found.intervals.items()}
     io.write_json(
         folder / "metrics.json",
         {
             "recipe": p.recipe.name,
             "mode": p.recipe.mode,
-            p.test_split: summary(scores)
-            | intervals
+            p.test_split: _headline(scores, found)
             | {"per_class": [asdict(c) for c in scores.per_class]}
             | {"confusion_matrix": scores.confusion.tolist()},
             "trust": found.as_dict(),

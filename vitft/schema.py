@@ -398,7 +398,9 @@ class TrustSpec(Section):
     )
     bootstrap: Count = Field(default=1000, description="Bootstrap draws for intervals.")
     head_seeds: Tally = Field(
-        default=10, description="Heads trained with other seeds, for the seed band; 0: none."
+        default=10,
+        description="Heads for the seed band: trained from other seeds, or solved on other draws "
+        "of train and val; 0: none.",
     )
 
 

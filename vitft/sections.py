@@ -22,6 +22,7 @@ from vitft.pages import (
     percent,
 )
 from vitft.split import SPLITS
+from vitft.summary import few_words
 
 MATRIX = 30  # classes; above it the page lists confusions, not a matrix
 CONFUSIONS = 50  # rows of that list
@@ -184,6 +185,9 @@ def per_class(scores: Scores) -> Section:
     )
     if len(rows) < len(scores.per_class):
         says += f" Shown: the {len(rows):,} lowest recalls of {len(scores.per_class):,} classes."
+    few = few_words(scores)
+    if few:
+        says += f" {few[0].upper()}{few[1:]}."
     return Section("per-class", "Class by class", says, (table,), folded=False)
 
 

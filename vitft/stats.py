@@ -23,6 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 LEVEL = 0.95
 POWER = 0.8  # chance of seeing a true difference that `needed_n` plans for
 BLOCK = 2_000_000  # drawn row numbers held at once: 16 MB, whatever N and R are
+FEW = 30  # images below which a share is a first impression
 FEW_DISCORDANT = 10  # below it a paired bootstrap has too few distinct outcomes to be an interval
 
 Floats = NDArray[np.float64]
@@ -412,7 +413,7 @@ def in_words(n: int) -> str:
     if n <= 0:
         return "no images, so nothing is known"
     step = f"one image is {100 / n:.{0 if n < 10 else 1}f} points"
-    if n < 30:
+    if n < FEW:
         return (
             f"only {n} image{'s' if n > 1 else ''}: {step}; a first impression, not a measurement"
         )

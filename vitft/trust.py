@@ -89,18 +89,24 @@ class Calibration:
 
 @dataclass(frozen=True)
 class SeedBand:
-    """The spread of an accuracy over repetitions that differ in the seed only."""
+    """The spread of an accuracy over repetitions that differ in the seed only.
+
+    Attributes:
+        what: That differed, such as `head seeds`.
+        deviation: Standard deviation.
+    """
 
     count: int
     mean: float
     low: float
     high: float
     deviation: float
+    what: str = "head seeds"
 
     def sentence(self) -> str:
         """The band as one line, in percent and points."""
         return (
-            f"{self.count} head seeds: {100 * self.low:.1f} to {100 * self.high:.1f} %"
+            f"{self.count} {self.what}: {100 * self.low:.1f} to {100 * self.high:.1f} %"
             f" (standard deviation {100 * self.deviation:.2f} points)"
         )
 
@@ -223,8 +229,12 @@ def reliability(probs: ArrayLike, labels: ArrayLike, bins: int = BINS) -> tuple[
     return tuple(points)
 
 
-def seed_band(accuracies: Sequence[float]) -> SeedBand:
-    """The spread of accuracies (0-1) over head seeds.
+def seed_band(accuracies: Sequence[float], what: str = "head seeds") -> SeedBand:
+    """The spread of accuracies (0-1) over repetitions.
+
+    Args:
+        accuracies: One of each repetition.
+        what: That differed between them, in the plural.
 
     Raises:
         ValueError: There is none.
@@ -234,7 +244,7 @@ def seed_band(accuracies: Sequence[float]) -> SeedBand:
         raise ValueError("a seed band needs at least one accuracy, got none")
     deviation = float(values.std(ddof=1)) if values.size > 1 else 0.0
     ends = float(values.min()), float(values.max())
-    return SeedBand(values.size, float(values.mean()), *ends, deviation)
+    return SeedBand(values.size, float(values.mean()), *ends, deviation, what)
 
 
 def _log_loss(logits: Floats, labels: Ints, temperature: float) -> float:

@@ -11,7 +11,7 @@ from vitft.chapters import chapters, notes, steps
 from vitft.errors import VitftError
 from vitft.evaluate import Predictions, Scores
 from vitft.explain import Looker, Overlays
-from vitft.findings import Findings
+from vitft.findings import Findings, cost
 from vitft.gallery import Answers, Source, shrink, worst
 from vitft.learn import Learned
 from vitft.pages import Photo
@@ -71,7 +71,7 @@ def page(
         ),
         ledger=p.index.ledger,
         history=learned.history,
-        reproduce=_reproduce(p, learned, folder, seconds),
+        reproduce=_reproduce(p, learned, found, folder, seconds),
         split=IN_WORDS[p.test_split],
         notes=notes(found),
         intervals=found.intervals,
@@ -115,13 +115,16 @@ def _photograph(p: Prepared, row: int) -> Image.Image:
     return images.decode(images.read_bytes(file), file, p.decode)
 
 
-def _reproduce(p: Prepared, learned: Learned, folder: Path, seconds: float) -> dict[str, object]:
+def _reproduce(
+    p: Prepared, learned: Learned, found: Findings, folder: Path, seconds: float
+) -> dict[str, object]:
     facts = environment(p)
     facts |= {
         "command": f"python -m vitft.run {shlex.quote(str(folder / 'recipe.resolved.yaml'))}",
         "weights": p.report.source,
         "weights sha256": p.report.sha256,
         "duration": f"{seconds:.0f} s",
+        "findings": cost(found.seconds),
     }
     if learned.backbone_frozen:
         facts["backbone"] = "frozen: its sha256 was equal before and after"
