@@ -494,7 +494,7 @@ data.max_pixels data.max_aspect
 data.extensions data.class_from data.allow_empty data.duplicates data.fixes data.follow_links
 model.name model.weights model.sha256 model.global_pool model.drop_rate model.drop_path_rate
 model.options
-head.views head.feature_dtype
+head.views head.feature_dtype head.precision
 train.epochs train.batch_size train.opt train.lr train.momentum train.weight_decay
 train.layer_decay train.sched train.min_lr_ratio train.warmup_epochs train.label_smoothing
 train.mixup train.cutmix train.augment train.reprob train.ema train.clip_grad train.accumulate

@@ -144,6 +144,7 @@ def keep(p: Prepared, split: str, *, views: int) -> Kept:
         device=p.device,
         backbone_key=f"{p.recipe.model.name} {model.frozen_fingerprint(p.net)} before {blocks}",
         dtype=p.recipe.head.feature_dtype,
+        precision=p.recipe.head.precision,
         workers=p.recipe.train.workers,
         what="activations",
         ranks=p.ranks,

@@ -2,7 +2,7 @@
 
 Rows come from the store where they are there; the rest go through the backbone in batches of one
 fixed shape (the last one padded), so that a row does not depend on which others were missing. The
-backbone is in eval mode; on CUDA it runs in bfloat16 and its rows are kept as float32.
+backbone is in eval mode; `vitft.pace` says in which precision it runs; rows come out as float32.
 """
 
 import time
@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from vitft import pace
 from vitft.console import say, track
 from vitft.errors import VitftError
 from vitft.evaluate import fixed_batch, in_fixed_shape
@@ -26,6 +27,7 @@ from vitft.loaders import Batches, Photos, worker_count
 from vitft.ranks import ALONE, Ranks
 from vitft.store import Key, Space, make_key
 
+Check = Callable[[Tensor, bool], None]
 FLUSH = 2.0  # seconds of work that a kill may lose
 
 
@@ -56,6 +58,7 @@ def extract(
     device: torch.device,
     backbone_key: str,
     dtype: str = "float32",
+    precision: str = "auto",
     workers: int | str = "auto",
     root: Path | None = None,
     ranks: Ranks = ALONE,
@@ -69,6 +72,7 @@ def extract(
         device: Where the backbone runs.
         backbone_key: Changes with the backbone's weights, name and pooling.
         dtype: As stored, `float32` or `float16`.
+        precision: As computed, `auto`, `float32` or `bfloat16`.
         workers: Of the loader.
         root: Of the store; default the user's cache.
         ranks: Share what is missing among them.
@@ -78,12 +82,14 @@ def extract(
     """
     started = time.monotonic()
     space, computed = fill(
-        checked_backbone(net.eval()),
+        backbone_of(net.eval()),
         photos,
         views=views,
         device=device,
         backbone_key=backbone_key,
         dtype=dtype,
+        precision=precision,
+        check=lambda x, half: _check(net, x, half),
         workers=workers,
         root=root,
         ranks=ranks,
@@ -106,6 +112,8 @@ def fill(
     device: torch.device,
     backbone_key: str,
     dtype: str = "float32",
+    precision: str = "auto",
+    check: Check | None = None,
     workers: int | str = "auto",
     root: Path | None = None,
     what: str = "features",
@@ -120,22 +128,25 @@ def fill(
         device: Where `forward` computes.
         backbone_key: Changes with everything that `forward` is.
         dtype: As stored.
+        precision: As computed.
+        check: Sees the first two images, and whether they are computed in bfloat16, beforehand.
         workers: Of the loader.
         root: Of the store.
         what: The word for the progress line.
         ranks: Each computes every n-th missing row; whoever cannot see what another wrote, since
             they have no cache folder in common, computes that too.
     """
+    computing = pace.precision(device, precision)
 
     def opened() -> tuple[Space, dict[int, NDArray[np.int64]], int]:
-        space = Space(_about(photos, backbone_key, device), dtype, root)
+        space = Space(_about(photos, backbone_key, computing), dtype, root)
         missing = {v: _missing(space, photos, v) for v in range(views)}
         ranks.meet()  # nobody writes, or merges, before all have looked
         return space, missing, sum(len(rows) for rows in missing.values())
 
     def compute(space: Space, missing: dict[int, NDArray[np.int64]]) -> None:
-        with torch.inference_mode():
-            _compute(space, forward, photos, missing, device, workers, what, ranks.here)
+        with torch.inference_mode(), pace.in_precision(computing, device):
+            _compute(space, forward, photos, missing, device, check, workers, what, ranks.here)
 
     space, missing, total = opened()
     if ranks.world > 1 and ranks.greatest(total):
@@ -149,13 +160,13 @@ def fill(
     return space, total
 
 
-def _about(photos: Photos, backbone_key: str, device: torch.device) -> dict[str, str | int]:
+def _about(photos: Photos, backbone_key: str, computing: torch.dtype) -> dict[str, str | int]:
     """Everything a row depends on besides the photograph and the number of its view."""
     about: dict[str, str | int] = {
         "backbone": backbone_key,
         "transform": photos.transform.key(),
         "decode": photos.decode.key(),
-        "precision": "bfloat16" if device.type == "cuda" else "float32",
+        "precision": str(computing).removeprefix("torch."),
     }
     about.update(library_versions())
     if photos.transform.kind != "plain":
@@ -186,6 +197,7 @@ def _compute(
     photos: Photos,
     missing: dict[int, NDArray[np.int64]],
     device: torch.device,
+    check: Check | None,
     workers: int | str,
     what: str,
     here: int,
@@ -200,11 +212,16 @@ def _compute(
         device=device,
         workers=worker_count(workers, device, here),
     )
+    count = sum(-(-len(rows) // batches.batch_size) for rows in missing.values())
+    paced = pace.Paced(forward, device, count)
     waiting: dict[Key, NDArray[np.float32]] = {}
     last, total = time.monotonic(), sum(len(rows) for rows in missing.values())
     steps = (b for v, rows in missing.items() if len(rows) for b in _views(batches, v, rows))
     for view, x, rows in track(steps, total, what, size=lambda batch: len(batch[1])):
-        out = in_fixed_shape(forward, x).float().flatten(1).cpu().numpy()
+        if check is not None:
+            check(x[:2], torch.is_autocast_enabled(device.type))
+            check = None
+        out = in_fixed_shape(paced, x).float().flatten(1).cpu().numpy()
         for row, values in zip(rows.tolist(), out, strict=True):
             waiting[make_key(photos.sha256[row], view)] = values
         if time.monotonic() - last >= FLUSH:
@@ -220,22 +237,6 @@ def _views(
         yield view, x, which
 
 
-def checked_backbone(net: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Images -> what the head reads, [B, D]; proven on the first two images to be just that."""
-    short = getattr(net, "forward_class_token", None)
-    checked = False
-
-    def backbone(x: Tensor) -> Tensor:
-        nonlocal checked
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
-            if not checked:
-                _check(net, _read(net, short, x[:2]), x[:2])
-                checked = True
-            return _read(net, short, x)
-
-    return backbone
-
-
 def backbone_of(net: Any) -> Callable[[Tensor], Tensor]:
     """Images -> what the head of a timm model reads."""
     short = getattr(net, "forward_class_token", None)
@@ -249,12 +250,13 @@ def _read(net: Any, short: Callable[[Tensor], Tensor] | None, x: Tensor) -> Tens
     return out
 
 
-def _check(net: Any, rows: Tensor, x: Tensor) -> None:
+def _check(net: Any, x: Tensor, half: bool) -> None:
     """The head on the features must be the model, or a head trained on them is of no use."""
+    rows = backbone_of(net)(x)
     whole, parts = net(x).float(), net.get_classifier()(rows).float()
     scale = float(whole.abs().max()) + 1e-6
     gap = float((whole - parts).abs().max()) / scale
-    limit = 2e-2 if x.device.type == "cuda" else 1e-4  # bfloat16, float32
+    limit = 2e-2 if half else 1e-4  # bfloat16, float32
     if not gap <= limit:
         text = f"its head on its features is not the model (relative difference {gap:.1e})"
         fix = "use mode: full, or another timm model"

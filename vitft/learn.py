@@ -329,6 +329,7 @@ def extract(p: Prepared, split: str, *, views: int = 1) -> Features:
         device=p.device,
         backbone_key=f"{p.recipe.model.name} {model.backbone_fingerprint(p.net)}",
         dtype=p.recipe.head.feature_dtype,
+        precision=p.recipe.head.precision,
         workers=p.recipe.train.workers,
         ranks=p.ranks,
     )

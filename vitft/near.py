@@ -81,6 +81,7 @@ def of_run(path: Path, net: nn.Module, card: Card, device: torch.device) -> Near
             device=device,
             backbone_key=f"{spec.model.name} {model.backbone_fingerprint(net)}",
             dtype=spec.head.feature_dtype,
+            precision=spec.head.precision,
             workers=0,
         )
     except VitftError as error:

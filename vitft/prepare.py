@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from vitft import data, model, offline
+from vitft import data, model, offline, pace
 from vitft.console import say, warn
 from vitft.errors import DataError, MachineError, RecipeError
 from vitft.evaluate import fixed_batch
@@ -98,6 +98,7 @@ def prepare(recipe: Recipe, *, fallback: bool = True, ranks: Ranks = ALONE) -> P
         VitftError: Whatever is wrong with recipe, data, weights or machine.
     """
     device = ranks.agreed(lambda: pick_device(recipe.device, ranks))
+    ranks.agreed(lambda: pace.precision(device, recipe.head.precision))
     settled, index = ranks.first_does(lambda: _settled(recipe, fallback))
     return ranks.agreed(lambda: _build(settled, index, device, ranks))
 

@@ -274,6 +274,11 @@ class HeadSpec(Section):
     feature_dtype: Literal["float32", "float16"] = Field(
         default="float32", description="How cached features are stored."
     )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description="How a frozen backbone computes; `auto`: bfloat16 on CUDA that has it, float32 "
+        "elsewhere. On CPU bfloat16 is refused where it would be emulated.",
+    )
 
 
 class TrainSpec(Section):

@@ -1,0 +1,156 @@
+"""In which precision a backbone runs, and when it is compiled: decided by rules, told where not."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from vitft import pace
+from vitft.errors import MachineError
+from vitft.run import run
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
+
+
+@pytest.fixture
+def flags(monkeypatch):
+    """Says which flags the processor has."""
+
+    def fake(*names):
+        monkeypatch.setattr(pace, "cpu_flags", lambda: frozenset(names))
+
+    return fake
+
+
+@pytest.fixture
+def capability(monkeypatch):
+    def fake(*pair):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: pair)
+
+    return fake
+
+
+@pytest.mark.parametrize("native", ["avx512_bf16", "amx_bf16", "bf16", ""])
+def test_a_cpu_is_exact_unless_asked_and_able(native, flags):
+    flags("avx2", "avx512f", native)
+    assert pace.precision(CPU) is torch.float32
+    assert pace.precision(CPU, "float32") is torch.float32
+    if native:
+        assert pace.precision(CPU, "bfloat16") is torch.bfloat16
+        return
+    with pytest.raises(MachineError) as caught:
+        pace.precision(CPU, "bfloat16")
+    assert str(caught.value) == (
+        "error[env.no_bfloat16] head.precision: cpu does not compute in bfloat16; it would be "
+        "slower than float32\nfix: set head.precision: auto"
+    )
+
+
+@pytest.mark.parametrize(("pair", "half"), [((9, 0), True), ((8, 0), True), ((7, 5), False)])
+def test_cuda_runs_in_bfloat16_where_it_has_it(pair, half, capability):
+    capability(*pair)
+    assert pace.precision(CUDA) is (torch.bfloat16 if half else torch.float32)
+    assert pace.precision(CUDA, "float32") is torch.float32
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("flags\t\t: fpu avx2 avx512_bf16\nflags\t\t: fpu", {"fpu", "avx2", "avx512_bf16"}),
+        ("Features\t: fp asimd bf16\n", {"fp", "asimd", "bf16"}),
+        ("nothing of it", set()),
+    ],
+)
+def test_flags_are_read_as_linux_writes_them(text, found, monkeypatch):
+    monkeypatch.setattr(Path, "read_text", lambda self, encoding: text)
+    assert pace.cpu_flags.__wrapped__() == found
+
+
+def test_no_flags_where_linux_does_not_tell(monkeypatch):
+    def missing(self, encoding):
+        raise FileNotFoundError(self)
+
+    monkeypatch.setattr(Path, "read_text", missing)
+    assert pace.cpu_flags.__wrapped__() == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("device", "batches", "seconds", "waited", "wanted"),
+    [
+        (CUDA, 40_000, 0.025, 0.0, True),  # 1,000 s of forward, 120 of them won back
+        (CUDA, 40_000, 0.025, 0.03, False),  # waits for photographs
+        (CUDA, 10_000, 0.025, 0.0, False),  # wins 30 s, for 60
+        (CPU, 40_000, 0.025, 0.0, False),
+    ],
+)
+def test_compiling_must_win_back_its_time(device, batches, seconds, waited, wanted):
+    assert pace.pays(device, batches, seconds, waited) is wanted
+
+
+class Watched(pace.Paced):
+    """On this CPU, as if it were CUDA."""
+
+    def __init__(self, forward, batches):
+        super().__init__(forward, CUDA, batches)
+
+    def _synchronize(self):
+        pass
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """torch.compile, replaced: what it was given, and whether it fails."""
+    calls = {"fails": False, "given": []}
+
+    def compiled(forward, dynamic):
+        calls["given"].append(forward)
+
+        def fast(x):
+            if calls["fails"]:
+                raise RuntimeError("cannot")
+            return forward(x) + 1
+
+        return fast
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    return calls
+
+
+def results(paced, count):
+    return [float(paced(torch.zeros(1))) for _ in range(count)]
+
+
+def test_it_is_compiled_in_mid_pass_once_that_pays(compiler, monkeypatch):
+    monkeypatch.setattr(pace, "COST", 0.0)
+    monkeypatch.setattr(pace, "pays", lambda device, batches, seconds, waited: batches == 9)
+    watched = pace.WARM + pace.TIMED
+    assert results(Watched(lambda x: x, watched + 9), watched + 3) == [0.0] * watched + [1.0] * 3
+    assert len(compiler["given"]) == 1
+    assert results(Watched(lambda x: x, watched + 8), watched + 3) == [0.0] * (watched + 3)
+    assert len(compiler["given"]) == 1
+
+
+def test_a_forward_that_cannot_be_compiled_goes_on_and_says_so(compiler, monkeypatch, caplog):
+    compiler["fails"] = True
+    monkeypatch.setattr(pace, "pays", lambda *a: True)
+    with caplog.at_level("WARNING", logger="vitft"):
+        assert results(Watched(lambda x: x, 100), 14) == [0.0] * 14
+    assert "the backbone was not compiled, and goes on as before: RuntimeError" in caplog.text
+
+
+def test_on_cpu_nothing_is_timed_or_compiled(compiler):
+    paced = pace.Paced(lambda x: x, CPU, 10**9)
+    assert results(paced, 20) == [0.0] * 20
+    assert not compiler["given"]
+    assert not paced.times
+
+
+def test_the_recipe_asks_and_the_machine_answers(tiny_recipe, flags):
+    flags()
+    with pytest.raises(MachineError, match=r"env.no_bfloat16\] head.precision"):
+        run(tiny_recipe("probe", "head.precision=bfloat16"))
+    flags("avx512_bf16")
+    half = run(tiny_recipe("probe", "head.precision=bfloat16"))
+    exact = run(tiny_recipe("probe"))
+    gap = abs(half.predictions.logits - exact.predictions.logits).max()
+    assert 0 < gap < 0.5
