@@ -16,7 +16,7 @@ FLOORS = (
     # files and what they hold
     "io raw ranks convert tensorfile inputs folders table ledger recipe pages doubt trust evaluate "
     "suspects hybrid",
-    "console images weights checkpoint gallery sources unpack summary",
+    "console images pictures weights checkpoint gallery sources unpack summary",
     # data, models and arrays
     "fetch pace store contents assign loaders vit model maps train sections cli answers",
     "probe audit curve graph twin card",

@@ -498,7 +498,8 @@ head.views head.feature_dtype head.precision
 train.epochs train.batch_size train.opt train.lr train.momentum train.weight_decay
 train.layer_decay train.sched train.min_lr_ratio train.warmup_epochs train.label_smoothing
 train.mixup train.cutmix train.augment train.reprob train.ema train.clip_grad train.accumulate
-train.blocks train.views train.activations_gb train.init_head train.workers train.amp
+train.blocks train.views train.activations_gb train.pictures_gb train.init_head train.workers
+train.amp
 train.compile train.patience train.class_weights train.grad_checkpointing
 train.patch_drop train.checkpoint_minutes
 probe.kind probe.strengths probe.refit probe.tol probe.max_iter

@@ -59,6 +59,7 @@ class Index:
         sha256: [N] of the file's bytes, 64 hex digits.
         split: [N] `train`, `val` or `test`.
         group: [N] empty for none.
+        pixels: [N] int64, width times height as the headers say.
         ledger: What became of every file met.
     """
 
@@ -69,6 +70,7 @@ class Index:
     sha256: tuple[str, ...]
     split: tuple[str, ...]
     group: tuple[str, ...]
+    pixels: np.ndarray
     ledger: Ledger
 
     def rows(self, split: str) -> np.ndarray:
@@ -197,6 +199,7 @@ def _index(listing: Listing, photos: list[Photo], ledger: Ledger) -> Index:
         sha256=tuple(p.sha256 for p in photos),
         split=tuple(p.split for p in photos),
         group=tuple(p.group for p in photos),
+        pixels=np.array([p.header.width * p.header.height for p in photos], np.int64),
         ledger=ledger,
     )
 

@@ -29,6 +29,7 @@ from vitft.errors import VitftError
 from vitft.evaluate import Predictions
 from vitft.features import Features
 from vitft.inputs import derive_seed
+from vitft.loaders import Photos
 from vitft.prepare import Prepared, batch_size, class_weight, trains_model
 
 MIDDLE = 1e-2  # strength where none was chosen: on flowers within the plateau of the path
@@ -159,7 +160,8 @@ def solve_head(p: Prepared, hooks: Hooks, kind: str) -> Learned:
 def train_head(p: Prepared, hooks: Hooks) -> Learned:
     """The head through the training loop, on cached views or through the backbone."""
     if p.recipe.head.views == "online":
-        result = _fit(p, p.net, p.batches(p.photos("train", augment=True), train=True), hooks)
+        photos = p.photos("train", augment=True, keep=True)
+        result = _fit(p, p.net, p.batches(photos, train=True), hooks)
         return Learned(result.history, result.best, {}, None)
     seen = {"val": extract(p, "val")}
     views = int(p.recipe.head.views)
@@ -195,7 +197,7 @@ def fine_tune(p: Prepared, hooks: Hooks) -> Learned:
     if spec.views != "online" and spec.blocks is not None:
         return _fit_tail(p, hooks, int(spec.views))
     _init_head(p, lambda: extract(p, "train"))
-    batches = p.batches(p.photos("train", augment=True), train=True)
+    batches = p.batches(p.photos("train", augment=True, keep=True), train=True)
     result = _fit(p, p.net, batches, hooks)
     return Learned(result.history, result.best, {}, None)
 
@@ -286,17 +288,21 @@ def _validation(predict: Callable[[nn.Module], Predictions]) -> train.Validate:
 
 def _of_model(p: Prepared) -> Callable[[nn.Module], Predictions]:
     """A whole model's answers on the photographs of val."""
-    return lambda net: predictions(p, net, "val")
+    return _answers(p, "val", p.photos("val", keep=True))
 
 
 def predictions(p: Prepared, net: nn.Module, split: str) -> Predictions:
     """A whole model's answers on a split, one for each photograph."""
-    photos, autocast = p.photos(split), p.device.type == "cuda"
+    return _answers(p, split, p.photos(split))(net)
+
+
+def _answers(p: Prepared, split: str, photos: Photos) -> Callable[[nn.Module], Predictions]:
+    autocast = p.device.type == "cuda"
 
     def predict(net: nn.Module, rows: Ints) -> Predictions:
         return evaluate.predict(net, p.batches(photos).epoch(0, rows=rows), autocast=autocast)
 
-    return _shared(p, split, predict)(net)
+    return _shared(p, split, predict)
 
 
 def _shared(

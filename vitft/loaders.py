@@ -16,7 +16,8 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import islice
@@ -43,8 +44,9 @@ from vitft.inputs import (
     permutation,
     seeded,
 )
+from vitft.pictures import Pictures
 from vitft.ranks import ALONE, Ranks
-from vitft.resize import Picture
+from vitft.resize import Picture, as_array
 
 POLL = 2  # seconds between looks at the workers while a batch is awaited
 TIMEOUT = 120.0  # seconds without a batch before the workers are given up
@@ -70,6 +72,7 @@ class Photos(Dataset[Sample]):
         decode: How files become pictures.
         transform: How pictures become inputs.
         seed: Of the run.
+        keep: Room for what stays in memory: of a plain transform its inputs, else the pictures.
     """
 
     def __init__(
@@ -81,11 +84,13 @@ class Photos(Dataset[Sample]):
         decode: DecodeSpec,
         transform: TransformSpec,
         seed: int,
+        keep: Pictures | None = None,
     ) -> None:
         self.files = tuple(files)
         self.labels = np.asarray(labels, dtype=np.int64)
         self.sha256 = tuple(sha256)
         self.decode, self.transform, self.seed = decode, transform, seed
+        self.keep = keep
         self.pixels = Transform(transform)
 
     def __len__(self) -> int:
@@ -104,12 +109,26 @@ class Photos(Dataset[Sample]):
             DataError: The file is not readable, not a photograph, or not the one scanned.
         """
         epoch, row = key
-        x = self.pixels.view(self._picture(row), self.view_seed(epoch, row))
-        return x, int(self.labels[row]), row
+        label = int(self.labels[row])
+        if self.transform.kind == "plain":
+            x = self._kept(row, lambda: self.pixels(self._picture(row)).numpy())
+            return torch.from_numpy(as_array(x)), label, row
+        picture = self._kept(row, lambda: self._picture(row))
+        return self.pixels.view(picture, self.view_seed(epoch, row)), label, row
 
     def view_seed(self, epoch: int, row: int, purpose: str = "view") -> int:
         """What an image's randomness in an epoch depends on: run, epoch, content."""
         return derive_seed(self.seed, purpose, epoch, self.sha256[row])
+
+    def _kept(self, row: int, make: Callable[[], Picture]) -> Picture:
+        """What is in memory, or made now; the same pixels."""
+        if self.keep is None:
+            return make()
+        found: Picture | None = self.keep.get(row)
+        if found is None:
+            found = make()
+            self.keep.put(row, as_array(found))
+        return found
 
     def _picture(self, row: int) -> Picture:
         return images.decoded(self._bytes(row), self.files[row], self.decode)
@@ -143,6 +162,16 @@ def worker_count(workers: int | str, device: torch.device, here: int = 1) -> int
     if device.type == "cpu" and cores <= 2:
         return 0
     return min(max(cores, 1), MAX_WORKERS)
+
+
+def thread_count(workers: int, photos: Photos) -> int:
+    """How many threads of this process decode a batch: as many as torch computes with.
+
+    Batches are made between the steps of the model, when its threads are idle, so no core is taken
+    from it. Workers decode in one thread each, and so do policies, which draw from generators that
+    all threads share.
+    """
+    return 1 if workers or not photos.pixels.any_thread else torch.get_num_threads()
 
 
 class Batches:
@@ -303,7 +332,7 @@ class Batches:
 
     def _new_loader(self) -> DataLoader[Any]:
         return DataLoader(
-            _Tasks(self.photos, self._busy),
+            _Tasks(self.photos, self._busy, thread_count(self.workers, self.photos)),
             batch_sampler=self._steps,
             num_workers=self.workers,
             collate_fn=partial(_collate, self.transform.size),
@@ -458,8 +487,15 @@ class _Tasks(Dataset["Sample | VitftError"]):
     torch would rebuild a worker's exception from its traceback text, which ours does not survive.
     """
 
-    def __init__(self, photos: Photos, busy: Tensor) -> None:
-        self.photos, self.busy = photos, busy
+    def __init__(self, photos: Photos, busy: Tensor, threads: int = 1) -> None:
+        self.photos, self.busy, self.threads = photos, busy, threads
+
+    def __getitems__(self, keys: list[Key]) -> "list[Sample | VitftError]":
+        """A batch; in threads where this process has them to itself."""
+        if self.threads == 1 or len(keys) == 1:
+            return [self[key] for key in keys]
+        with ThreadPoolExecutor(self.threads) as pool:
+            return list(pool.map(self.__getitem__, keys))
 
     def __getitem__(self, key: Key) -> "Sample | VitftError":
         worker = get_worker_info()
@@ -525,8 +561,8 @@ def _require_shared_memory(workers: int, batch_size: int, spec: TransformSpec) -
     """Workers that run out of it die of a bus error, which tells nobody why."""
     height, width = spec.size
     need = (PREFETCH * workers + 1) * batch_size * 3 * height * width
-    free = _shared_memory_free()
-    if free is not None and free < need:
+    free = shared_memory_free(default=need)
+    if free < need:
         text = f"{workers} workers need {need / 2**20:,.0f} MiB of /dev/shm, "
         text += f"{free / 2**20:,.0f} MiB are free"
         fix = "set train.workers: 0, or give the container more (docker run --shm-size=2g)"
@@ -535,12 +571,12 @@ def _require_shared_memory(workers: int, batch_size: int, spec: TransformSpec) -
 
 def _shared_memory() -> str:
     """For the text about a dead worker."""
-    free = _shared_memory_free()
-    return "" if free is None else f"; /dev/shm has {free / 2**20:,.0f} MiB free"
+    free = shared_memory_free(default=-1)
+    return "" if free < 0 else f"; /dev/shm has {free / 2**20:,.0f} MiB free"
 
 
-def _shared_memory_free() -> int | None:
-    """Bytes of shared memory, where batches travel (64 MB in many containers); None: unknown."""
+def shared_memory_free(*, default: int) -> int:
+    """Bytes of shared memory, where batches travel (64 MB in many containers)."""
     with suppress(OSError):
         return shutil.disk_usage("/dev/shm").free
-    return None
+    return default

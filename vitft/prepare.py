@@ -4,6 +4,7 @@ All that can be wrong is found here, before time is spent, and said at once wher
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,8 @@ from vitft.errors import DataError, MachineError, RecipeError
 from vitft.evaluate import fixed_batch
 from vitft.images import DecodeSpec
 from vitft.inputs import InputConfig, TransformSpec, augmented, plain
-from vitft.loaders import Batches, Photos
+from vitft.loaders import Batches, Photos, shared_memory_free, worker_count
+from vitft.pictures import Pictures
 from vitft.ranks import ALONE, Ranks
 from vitft.recipe import DataSpec, Recipe, TrainSpec
 
@@ -52,17 +54,48 @@ class Prepared:
     warnings: tuple[str, ...]
     ranks: Ranks = ALONE
 
-    def photos(self, split: str, *, augment: bool = False) -> Photos:
-        """The photographs of a split, plain or augmented."""
+    def photos(self, split: str, *, augment: bool = False, keep: bool = False) -> Photos:
+        """The photographs of a split, plain or augmented.
+
+        Args:
+            split: Its name.
+            augment: By the transform of training.
+            keep: Every epoch comes back to them; they stay in memory as far as the recipe allows.
+        """
         rows = self.index.rows(split)
+        transform = self.train_transform if augment else self.plain_transform
         return Photos(
             [self.index.file(int(i)) for i in rows],
             self.index.labels[rows],
             [self.index.sha256[i] for i in rows],
             decode=self.decode,
-            transform=self.train_transform if augment else self.plain_transform,
+            transform=transform,
             seed=self.recipe.seed,
+            keep=self._room(split, transform) if keep and self.recipe.train.epochs > 1 else None,
         )
+
+    def _room(self, split: str, transform: TransformSpec) -> Pictures | None:
+        """Memory for a split's pictures, or for its inputs where nothing is random.
+
+        The inputs of val come first, as they are small and wanted whole; train has what is left.
+        """
+        spec, rows = self.recipe.train, self.index.rows(split)
+        shared = worker_count(spec.workers, self.device, self.ranks.here) > 0
+        budget = int(spec.pictures_gb * 1e9)
+        if shared:
+            budget = min(budget, shared_memory_free(default=budget) // 2)
+        budget //= self.ranks.here
+        one = 3 * transform.size[0] * transform.size[1]
+        if split == "train":
+            budget = max(0, budget - one * len(self.index.rows("val")))
+        plain_inputs = transform.kind == "plain"
+        sizes = [one] * len(rows) if plain_inputs else (3 * self.index.pixels[rows]).tolist()
+        if budget == 0:
+            return None
+        room = Pictures(sizes, budget, shared=shared)
+        if split == "train":
+            _tell_room(room, sizes, spec.pictures_gb)
+        return room
 
     def batches(self, photos: Photos, *, train: bool = False) -> Batches:
         """Normalised batches on the device: shuffled for training, in order otherwise."""
@@ -84,6 +117,15 @@ class Prepared:
     def test_split(self) -> str:
         """`test`, or `val` where the split has no test photographs (the tutorial's)."""
         return "test" if len(self.index.rows("test")) else "val"
+
+
+def _tell_room(room: Pictures, sizes: Sequence[int], allowed: float) -> None:
+    """How many photographs are decoded once, and what would hold the others."""
+    text = f"photographs: {room.count:,} of {len(sizes):,} stay decoded in memory "
+    text += f"({room.room / 1e9:.2f} GB; train.pictures_gb: {allowed:g})"
+    if room.count < len(sizes):
+        text += f", all would take {sum(sizes) / 1e9:.2f} GB; the others are read in every epoch"
+    say(text)
 
 
 def prepare(recipe: Recipe, *, fallback: bool = True, ranks: Ranks = ALONE) -> Prepared:

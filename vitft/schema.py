@@ -337,6 +337,11 @@ class TrainSpec(Section):
     activations_gb: Positive = Field(
         default=8.0, description="Disk that kept activations may take, in GB of 10^9 bytes."
     )
+    pictures_gb: NotNegative = Field(
+        default=2.0,
+        description="Memory for photographs that stay decoded from the first epoch on, where each "
+        "epoch augments anew, in GB of 10^9 bytes; 0: none.",
+    )
     init_head: Literal["fresh", "zero", "probe"] = Field(
         default="fresh", description="The head starts at random, at zero, or from a linear probe."
     )
