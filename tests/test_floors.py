@@ -18,7 +18,7 @@ FLOORS = (
     "suspects hybrid",
     "console images pictures weights checkpoint gallery sources unpack summary",
     # data, models and arrays
-    "fetch pace store contents assign loaders vit model maps train sections cli answers",
+    "fetch pace store contents assign loaders vit model tune maps train sections cli answers",
     "probe audit curve graph twin card",
     "data features product offline report compare cache hubpage",
     # a whole run

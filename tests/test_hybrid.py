@@ -7,8 +7,11 @@ import torch
 from safetensors.torch import save_file
 
 import vitft  # noqa: F401  (registers the names)
-from vitft import convert, twin, vit, weights
+from vitft import convert, model, product, twin, vit, weights
 from vitft.errors import RecipeError, WeightsError
+from vitft.learn import Hooks, learn
+from vitft.prepare import prepare
+from vitft.run import run
 
 SMALL = {"depth": 2, "img_size": 64, "num_classes": 5}
 HYBRIDS = {k: v for k, v in twin.TWINS.items() if "hybrid" in k}
@@ -250,3 +253,68 @@ def test_two_dimensional_positions_stretch_with_the_image():
     torch.testing.assert_close(model(x), moving)
     with pytest.raises(RecipeError, match="learned2d halves the width, got 9"):
         timm.create_model("vitflower_b16", **(SMALL | options | {"embed_dim": 9, "num_heads": 3}))
+
+
+# --- in a recipe ---------------------------------------------------------------------------------
+
+ON = ["model.embed.backbone=resnet10t", "model.embed.stage=2", "model.options={embed_dim: 32, "
+      "depth: 2, num_heads: 2}"]  # fmt: skip
+
+
+def cnn_file(folder, name="resnet10t"):
+    torch.manual_seed(5)
+    net = timm.create_model(name, num_classes=11)
+    save_file(net.state_dict(), folder / "cnn.safetensors")
+    return net, f"model.embed.weights={folder / 'cnn.safetensors'}"
+
+
+def test_a_recipe_fills_the_cnn_and_says_what_is_random(tiny_recipe, tmp_path):
+    cnn, weights_at = cnn_file(tmp_path)
+    spec = tiny_recipe("full", *ON, weights_at)
+    built = model.build(spec.model, classes=3, image_size=32)
+    assert built.net.patch_embed.grid_size == (4, 4)
+    torch.testing.assert_close(built.net.patch_embed.backbone.layer2[0].conv1.weight,
+                               cnn.layer2[0].conv1.weight)  # fmt: skip
+    assert built.input.mean == (0.485, 0.456, 0.406)  # the CNN's, not the ViT's
+    assert set(built.report.dropped.values()) == {"comes after the feature map"}
+    assert "fc.weight" in built.report.dropped
+    assert "the CNN resnet10t is filled, the encoder on it is RANDOM" in built.report.notes
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_hybrid_is_trained_end_to_end_with_its_cnn_frozen_or_not(tiny_recipe, tmp_path, frozen):
+    _, weights_at = cnn_file(tmp_path)
+    p = prepare(tiny_recipe("full", *ON, weights_at, f"model.embed.frozen={str(frozen).lower()}"))
+    start = {k: v.clone() for k, v in p.net.state_dict().items()}
+    learn(p, Hooks())
+    changed = {k for k, v in p.net.state_dict().items() if not torch.equal(v, start[k])}
+    assert any(k.startswith("patch_embed.backbone.") for k in changed) is not frozen
+    assert {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= changed
+
+
+def test_a_hybrids_run_gives_a_product_that_loads(tiny_recipe, tmp_path):
+    _, weights_at = cnn_file(tmp_path)
+    result = run(tiny_recipe("full", *ON, weights_at, "train.epochs=1"))
+    net, card = product.load(result.folder)
+    assert net.patch_embed.stride == 8
+    assert card.options["embed"] == "resnet10t"
+    found = twin.inspect(result.folder / "model" / "model.safetensors")
+    assert (found.layout, found.img_size) == ("timm, hybrid", 0)
+
+
+def test_what_a_recipe_cannot_mean_is_refused(tiny_recipe, tmp_path):
+    _, weights_at = cnn_file(tmp_path)
+
+    def refused(*overrides, kind=RecipeError):
+        with pytest.raises(kind) as caught:
+            model.build(tiny_recipe("full", *overrides).model, classes=3, image_size=32)
+        return str(caught.value)
+
+    assert "model.embed" in refused(*ON, "model.name=vit_tiny_patch16_224")
+    assert "would be overwritten" in refused(*ON, weights_at, "model.weights=bundled")
+    wrong = refused(*ON[1:], "model.embed.backbone=resnet18", weights_at, kind=WeightsError)
+    assert "tensors of resnet18 are not in it or of another shape" in wrong
+    with pytest.raises(RecipeError, match=r"model.options.patch_size: 8 cannot go with"):
+        tiny_recipe("full", "model.embed.backbone=r26")
+    with pytest.raises(RecipeError, match=r"model.embed.stage"):
+        tiny_recipe("full", *ON, "model.options={embed_stage: 1}")

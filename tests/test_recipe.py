@@ -494,12 +494,13 @@ data.max_pixels data.max_aspect
 data.extensions data.class_from data.allow_empty data.duplicates data.fixes data.follow_links
 model.name model.weights model.sha256 model.global_pool model.drop_rate model.drop_path_rate
 model.options
+model.embed.backbone model.embed.stage model.embed.patch model.embed.weights model.embed.frozen
 head.views head.feature_dtype head.precision
 train.epochs train.batch_size train.opt train.lr train.momentum train.weight_decay
 train.layer_decay train.sched train.min_lr_ratio train.warmup_epochs train.label_smoothing
 train.mixup train.cutmix train.augment train.reprob train.ema train.clip_grad train.accumulate
-train.blocks train.views train.activations_gb train.pictures_gb train.init_head train.workers
-train.amp
+train.blocks train.views train.activations_gb train.pictures_gb train.tune train.lora_rank
+train.lora_alpha train.lora_on train.init_head train.workers train.amp
 train.compile train.patience train.class_weights train.grad_checkpointing
 train.patch_drop train.checkpoint_minutes
 probe.kind probe.strengths probe.refit probe.tol probe.max_iter

@@ -11,7 +11,8 @@ Steiner et al., How to train your ViT?, 2021 (arXiv 2106.10270).
 """
 
 import difflib
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,7 @@ from timm.layers.std_conv import StdConv2dSame
 from timm.models.resnetv2 import ResNetV2, create_resnetv2_stem
 from torch import Tensor, nn
 
-from vitft.errors import RecipeError, VitftError
+from vitft.errors import RecipeError, VitftError, WeightsError
 
 Pair = tuple[int, int]
 
@@ -79,6 +80,39 @@ def _resnet(layers: tuple[int, ...], in_chans: int, factory: dict[str, Any]) -> 
         stem: nn.Module = create_resnetv2_stem(in_chans, **common)
         return stem
     return ResNetV2(list(layers), num_classes=0, global_pool="", in_chans=in_chans, **common)
+
+
+def cnn_state(
+    tensors: Mapping[str, Tensor], cnn: nn.Module, name: str, *, place: object
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A classifier's weights -> those of its feature extractor, every tensor accounted for.
+
+    Args:
+        tensors: Of the whole network, under timm's names.
+        cnn: As `build_cnn` made it.
+        name: As `build_cnn` was given it.
+        place: The file, for messages.
+
+    Returns:
+        The extractor's name -> tensor, and the file's name -> why it was left out.
+
+    Raises:
+        WeightsError: `ckpt.architecture`: tensors are missing or of another shape.
+    """
+    own, state, used = cnn.state_dict(), dict[str, Tensor](), set()
+    for key, value in own.items():
+        dotted = re.sub(r"_(\d+)\.", r".\1.", key, count=1)  # timm may join `stages.0` by `_`
+        source = next((n for n in (key, dotted) if n in tensors), None)
+        if source is not None and tensors[source].shape == value.shape:
+            state[key] = tensors[source]
+            used.add(source)
+    missing = [key for key in own if key not in state]
+    if missing:
+        text = f"{len(missing):,} of the {len(own):,} tensors of {name} are not in it or of "
+        text += f"another shape, such as {missing[0]}"
+        fix = f"name weights of timm's {name} as model.embed.weights"
+        raise WeightsError.of("ckpt.architecture", place, text, fix)
+    return state, {n: "comes after the feature map" for n in tensors if n not in used}
 
 
 def map_of(cnn: Any, name: str) -> Pair:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from vitft import checkpoint, io, prepare
+from vitft import checkpoint, io, prepare, tune
 from vitft.checkpoint import Snapshot
 from vitft.console import say, warn
 from vitft.errors import MachineError, RecipeError
@@ -26,6 +26,7 @@ TRIES = 3  # saves in a row that may fail
 # Keys whose change leaves the trained weights as they are; data and weights go by their hashes.
 HARMLESS = {
     "schema_version", "name", "output", "device", "data.root", "model.weights", "model.sha256",
+    "model.embed.weights",
     "train.workers", "train.checkpoint_minutes",
 }  # fmt: skip
 HARMLESS_SECTIONS = {"report", "trust", "export", "offline"}
@@ -67,7 +68,9 @@ def _checkpoint_size(p: Prepared) -> int:
     """Of the trained part: itself, its best epoch, the optimizer's moments, perhaps an average."""
     spec, blocks = p.recipe.train, getattr(p.net, "blocks", None)
     trained = _bytes(p.net)
-    if spec.blocks is not None and blocks is not None:
+    if spec.tune != "all":
+        trained = 4 * tune.planned(p.net, spec)
+    elif spec.blocks is not None and blocks is not None:
         trained -= sum(_bytes(block) for block in blocks[: -spec.blocks])
     moments = 1 if spec.opt in ("sgd", "momentum", "nesterov") else 2
     return trained * (2 + moments + (spec.ema is not None))

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from vitft import boundary, evaluate, features, model, train
+from vitft import boundary, evaluate, features, model, train, tune
 from vitft.checkpoint import Snapshot
 from vitft.console import say
 from vitft.errors import VitftError
@@ -185,7 +185,7 @@ def _view_batches(p: Prepared, cached: Features, seed: int) -> features.Views:
 
 
 def fine_tune(p: Prepared, hooks: Hooks) -> Learned:
-    """All parameters, or the last K blocks, through the training loop over photographs."""
+    """All parameters, the last K blocks, or few (`train.tune`); the rest is proven unchanged."""
     spec = p.recipe.train
     p.net.requires_grad_(True)
     if spec.blocks is not None:
@@ -194,32 +194,55 @@ def fine_tune(p: Prepared, hooks: Hooks) -> Learned:
         cast(Any, p.net).set_grad_checkpointing(True)
     if spec.patch_drop:
         model.drop_patches(p.net, spec.patch_drop)
-    if spec.views != "online" and spec.blocks is not None:
-        return _fit_tail(p, hooks, int(spec.views))
+    tail = spec.views != "online" and spec.blocks is not None
+    if tail:
+        p.ranks.agreed(lambda: boundary.check_budget(p, int(spec.views)))
     _init_head(p, lambda: extract(p, "train"))
-    batches = p.batches(p.photos("train", augment=True, keep=True), train=True)
-    result = _fit(p, p.net, batches, hooks)
+    _choose_trained(p)
+    frozen = model.frozen_fingerprint(p.net)
+    result = _fit_tail(p, hooks, int(spec.views)) if tail else _fit_photos(p, hooks)
+    p.net.eval()
+    if model.frozen_fingerprint(p.net) != frozen:
+        raise _changed(p, "the frozen part's")
+    _merge(p)
     return Learned(result.history, result.best, {}, None)
 
 
-def _fit_tail(p: Prepared, hooks: Hooks, views: int) -> Learned:
-    """The last blocks on activations that were computed once; the front is proven unchanged."""
-    p.ranks.agreed(lambda: boundary.check_budget(p, views))
-    frozen = model.frozen_fingerprint(p.net)
-    _init_head(p, lambda: extract(p, "train"))
+def _choose_trained(p: Prepared) -> None:
+    """Adapters, biases or norms, and a hybrid's CNN or not; says how much that is."""
+    spec, embed = p.recipe.train, p.recipe.model.embed
+    if spec.tune != "all":
+        tune.apply(p.net, spec, seed=derive_seed(p.recipe.seed, "lora"))
+    if embed is not None and embed.frozen:
+        model.freeze_cnn(p.net)
+    say(tune.sentence(p.net, f"train.tune {spec.tune}"))
+
+
+def _merge(p: Prepared) -> None:
+    """After this the model has the names of any other, whatever was trained."""
+    generator = torch.Generator().manual_seed(p.recipe.seed)
+    images = torch.randn(2, 3, *p.config.size, generator=generator).to(p.device)
+    gap = tune.merge(p.net, images)
+    if p.recipe.train.tune == "lora":
+        say(f"adapters merged into the weights; logits differ by {gap:.1e} at most (relative)")
+
+
+def _fit_photos(p: Prepared, hooks: Hooks) -> train.Result:
+    batches = p.batches(p.photos("train", augment=True, keep=True), train=True)
+    return _fit(p, p.net, batches, hooks)
+
+
+def _fit_tail(p: Prepared, hooks: Hooks, views: int) -> train.Result:
+    """The last blocks on activations that were computed once."""
     kept, val = boundary.keep(p, "train", views=views), boundary.keep(p, "val", views=1)
     part = boundary.tail(p.net, int(p.recipe.train.blocks or 0))
-    result = _fit(
+    return _fit(
         p,
         part,
         boundary.batches(p, kept),
         hooks,
         predict=_shared(p, "val", lambda net, rows: boundary.predict(net, val, p.device, rows)),
     )
-    p.net.eval()
-    if model.frozen_fingerprint(p.net) != frozen:
-        raise _changed(p, "the frozen blocks'")
-    return Learned(result.history, result.best, {}, None)
 
 
 def _init_head(p: Prepared, train_features: Callable[[], Features]) -> None:

@@ -15,7 +15,7 @@ from timm.layers.patch_dropout import PatchDropout
 from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
 
-from vitft import io, weights
+from vitft import hybrid, io, weights
 from vitft.console import say, warn
 from vitft.errors import MachineError, RecipeError, VitftError, WeightsError
 from vitft.inputs import InputConfig, derive_seed
@@ -79,6 +79,9 @@ def build(spec: ModelSpec, *, classes: int, image_size: int | None = None, seed:
 def create(spec: ModelSpec, *, classes: int, image_size: int | None, seed: int) -> nn.Module:
     """The architecture alone, initialised from the seed."""
     require_known(spec.name)
+    if spec.embed is not None and not spec.name.startswith("vitflower_"):
+        text = f"{spec.name} is timm's, which cuts patches from the image"
+        raise RecipeError.of("model.embed", "model.name", text, "choose a vitflower model")
     options = create_options(spec, image_size)
     with torch.random.fork_rng([]):
         torch.manual_seed(derive_seed(seed, "init"))
@@ -115,6 +118,41 @@ def _require_whole_patches(net: nn.Module, name: str, size: int | None) -> None:
         raise RecipeError.of("model.img_size", "data.image_size", text, fix)
 
 
+def _fill_cnn(net: nn.Module, spec: ModelSpec) -> LoadReport:
+    """A hybrid's CNN from its own weights; the encoder on top of it starts at random."""
+    embed = spec.embed
+    if embed is None:
+        raise ValueError("the model is no hybrid")
+    if spec.weights != "none":
+        text = f"model.weights {spec.weights} would be overwritten by model.embed.weights"
+        fix = "set one of the two to none"
+        raise RecipeError.of("model.embed", "model.embed.weights", text, fix)
+    path = locate(_of_cnn(spec))
+    found = weights.open_file(path)
+    cnn: nn.Module = cast(Any, net).patch_embed.backbone
+    state, left = hybrid.cnn_state(found.tensors, cnn, embed.backbone, place=path)
+    cnn.load_state_dict(state)
+    _eat_like(net, embed.backbone)
+    new = tuple(n for n in net.state_dict() if not n.startswith("patch_embed.backbone."))
+    notes = (*found.notes, f"the CNN {embed.backbone} is filled, the encoder on it is RANDOM")
+    report = LoadReport(embed.weights, found.sha256, len(state), left, new, notes)
+    _tell(report, path)
+    return report
+
+
+def _of_cnn(spec: ModelSpec) -> ModelSpec:
+    """The CNN under a hybrid, as if it were the model."""
+    name, weights = (spec.embed.backbone, spec.embed.weights) if spec.embed else ("", "none")
+    return spec.model_copy(update={"name": name, "weights": weights})
+
+
+def _eat_like(net: nn.Module, cnn: str) -> None:
+    """Images are prepared as the filled CNN's authors prepared them."""
+    theirs, ours = timm.get_pretrained_cfg(cnn), cast(Any, net).pretrained_cfg
+    if theirs is not None:
+        ours |= {"mean": theirs.mean, "std": theirs.std, "interpolation": theirs.interpolation}
+
+
 def create_options(spec: ModelSpec, image_size: int | None) -> dict[str, Any]:
     """Keywords for `timm.create_model`: only what the recipe sets."""
     options: dict[str, Any] = dict(spec.options)
@@ -124,6 +162,10 @@ def create_options(spec: ModelSpec, image_size: int | None) -> dict[str, Any]:
         options["drop_rate"] = spec.drop_rate
     if spec.drop_path_rate:
         options["drop_path_rate"] = spec.drop_path_rate
+    if spec.embed is not None:
+        options |= {"embed": spec.embed.backbone, "patch_size": spec.embed.patch}
+        if spec.embed.stage is not None:
+            options["embed_stage"] = spec.embed.stage
     cfg = timm.get_pretrained_cfg(spec.name, allow_unregistered=True)
     if image_size is not None and cfg is not None and cfg.fixed_input_size:
         options.setdefault("img_size", image_size)
@@ -158,6 +200,8 @@ def input_config(net: nn.Module, image_size: int | None = None) -> InputConfig:
 
 
 def _fill(net: nn.Module, spec: ModelSpec) -> LoadReport:
+    if spec.embed is not None and spec.embed.weights != "none":
+        return _fill_cnn(net, spec)
     if spec.weights == "none":
         warn(f"{spec.name} starts from RANDOM weights (model.weights: none)")
         return LoadReport("none", "", 0, {}, tuple(net.state_dict()), ())
@@ -217,8 +261,16 @@ def locate(spec: ModelSpec) -> Path:
     return _from_hub(spec)
 
 
+def sources(spec: ModelSpec) -> list[ModelSpec]:
+    """The recipe's model, and a hybrid's CNN, where weights are named for them."""
+    named = [spec] if spec.weights != "none" else []
+    return named + [_of_cnn(spec)] * (spec.embed is not None and spec.embed.weights != "none")
+
+
 def cached(spec: ModelSpec) -> bool:
     """Whether the weights are here already, so that no network is needed."""
+    if spec.embed is not None and spec.embed.weights != "none":
+        spec = _of_cnn(spec)
     if spec.weights in ("none", "bundled") or _is_path(spec.weights):
         return True
     from huggingface_hub import try_to_load_from_cache
@@ -294,6 +346,11 @@ def freeze_backbone(net: nn.Module) -> None:
     """Leaves only the head trainable."""
     net.requires_grad_(False)
     classifier(net).requires_grad_(True)
+
+
+def freeze_cnn(net: nn.Module) -> None:
+    """Leaves a hybrid's CNN as it is."""
+    cast(Any, net).patch_embed.backbone.requires_grad_(False)
 
 
 def train_last_blocks(net: nn.Module, count: int) -> None:

@@ -52,7 +52,7 @@ def settle(recipe: Recipe, *, fallback: bool = True) -> Settled:
     if not weights.result():
         instead = recipe.offline.model
         if fallback and instead is not None:
-            stand_in = instead.model_dump() | {"sha256": None}
+            stand_in = instead.model_dump() | {"sha256": None, "embed": None}
             changes["model"] = recipe.model.model_copy(update=stand_in)
             warnings.append(
                 f"OFFLINE FALLBACK: weights {recipe.model.weights} are neither cached nor "
@@ -98,12 +98,14 @@ def _data_can_be_had(root: str) -> bool:
 
 
 def _missing_weights(recipe: Recipe) -> Fault:
+    spec = model.sources(recipe.model)[-1]  # a hybrid's CNN comes last
+    key = "model.weights" if spec == recipe.model else "model.embed.weights"
     return Fault(
         "env.unreachable",
-        recipe.place("model.weights"),
-        f"{recipe.model.weights} is neither in the hub's cache nor is {model.HUB} reachable",
-        f"download it elsewhere from https://{model.HUB}/{model.hub_repository(recipe.model)} and "
-        "set model.weights to the file, or add an offline.model block",
+        recipe.place(key),
+        f"{spec.weights} is neither in the hub's cache nor is {model.HUB} reachable",
+        f"download it elsewhere from https://{model.HUB}/{model.hub_repository(spec)} and "
+        f"set {key} to the file, or add an offline.model block",
     )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from vitft import data, model, offline, pace
+from vitft import data, model, offline, pace, tune
 from vitft.console import say, warn
 from vitft.errors import DataError, MachineError, RecipeError
 from vitft.evaluate import fixed_batch
@@ -149,8 +149,8 @@ def _settled(recipe: Recipe, fallback: bool) -> tuple[offline.Settled, data.Inde
     settled = offline.settle(recipe, fallback=fallback)
     for text in settled.warnings:
         warn(text)
-    if settled.recipe.model.weights != "none":
-        model.locate(settled.recipe.model)  # a missing file is said before photographs are read
+    for spec in model.sources(settled.recipe.model):
+        model.locate(spec)  # a missing file is said before photographs are read
     return settled, scan(settled.recipe)
 
 
@@ -310,6 +310,8 @@ def plan(prepared: Prepared) -> str:
     head = model.classifier(prepared.net)
     everything = sum(p.numel() for p in prepared.net.parameters())
     trained = everything if recipe.mode == "full" else sum(p.numel() for p in head.parameters())
+    if recipe.mode == "full" and recipe.train.tune != "all":
+        trained = tune.planned(prepared.net, recipe.train)
     return "\n".join(
         [
             f"plan for {recipe.name} (mode {recipe.mode}, seed {recipe.seed})",
@@ -320,12 +322,16 @@ def plan(prepared: Prepared) -> str:
             f"model: {recipe.model.name}, weights {recipe.model.weights}, "
             f"input {prepared.config.size}",
             f"trainable parameters: {trained:,} of {everything:,}"
-            + (f" (last {recipe.train.blocks} blocks: fewer)" if recipe.train.blocks else ""),
+            + (f" (last {recipe.train.blocks} blocks: fewer)" if _fewer(recipe) else ""),
             f"measured on {MEASURED} photographs on {prepared.device}: {forward:.1f} images/s "
             "forward" + (f", {step:.1f} images/s training" if step else ""),
             f"expected: {seconds / 60:.1f} minutes without cached features",
         ]
     )
+
+
+def _fewer(recipe: Recipe) -> bool:
+    return recipe.train.blocks is not None and recipe.train.tune == "all"
 
 
 def _speed(prepared: Prepared) -> tuple[float, float]:

@@ -38,6 +38,7 @@ from vitft.schema import (
     section_of,
 )
 from vitft.schema import DataSpec as DataSpec
+from vitft.schema import EmbedSpec as EmbedSpec
 from vitft.schema import ExportSpec as ExportSpec
 from vitft.schema import HeadSpec as HeadSpec
 from vitft.schema import LadderSpec as LadderSpec
@@ -57,6 +58,7 @@ PATHS: tuple[tuple[str, ...], ...] = (
     ("data", "split"),
     ("data", "fixes"),
     ("model", "weights"),
+    ("model", "embed", "weights"),
     ("offline", "data", "root"),
     ("offline", "model", "weights"),
 )
@@ -72,6 +74,8 @@ OURS = {  # keywords of timm.create_model that vitft sets -> where a recipe says
     "drop_rate": "model.drop_rate",
     "drop_path_rate": "model.drop_path_rate",
     "global_pool": "model.global_pool",
+    "embed": "model.embed.backbone",
+    "embed_stage": "model.embed.stage",
 }
 LOOKED_UP = 50  # faults that get a remedy of their own; a file with more is no recipe
 ELSEWHERE = {  # what other trainers call our keys and values
@@ -520,6 +524,7 @@ def _frozen(r: Recipe) -> Iterator[Clash]:
         ("train.layer_decay", r.train.layer_decay),
         ("train.grad_checkpointing", r.train.grad_checkpointing),
         ("train.patch_drop", r.train.patch_drop),
+        ("train.tune", r.train.tune != "all"),
         ("model.drop_path_rate", r.model.drop_path_rate),
     )
     for key, value in backbone:
@@ -592,6 +597,13 @@ def _others(r: Recipe) -> Iterator[Clash]:
         yield "train.warmup_epochs", "train.epochs", "the peak rate would never come", fix
     if r.model.sha256 is not None and r.model.weights == "none":
         yield "model.sha256", "model.weights", "there is no file to check", "remove model.sha256"
+    for key in ("lora_rank", "lora_alpha", "lora_on"):
+        if getattr(t, key) != TrainSpec.model_fields[key].default and t.tune != "lora":
+            fix = f"set train.tune: lora, or remove train.{key}"
+            yield f"train.{key}", "train.tune", "there are no adapters", fix
+    if r.model.embed is not None and "patch_size" in options:
+        fix = "keep model.embed.patch, in cells of the map"
+        yield "model.options.patch_size", "model.embed.patch", "they are one thing", fix
     for key in sorted(options.keys() & OURS):
         fix = f"remove it; say it by the keys of model: and data: ({OURS[key]})"
         yield f"model.options.{key}", "model.name", "vitft sets this keyword itself", fix

@@ -148,6 +148,14 @@ Steps = Annotated[
 ]
 
 
+Adapted = Annotated[
+    tuple[Literal["qkv", "proj", "fc1", "fc2"], ...],
+    Field(min_length=1),
+    AfterValidator(_different),
+    Rule("a list of qkv, proj, fc1, fc2, each once"),
+]
+
+
 class Section(BaseModel):
     """Frozen, and strict about its keys."""
 
@@ -238,6 +246,27 @@ class DataSpec(Section):
     )
 
 
+class EmbedSpec(Section):
+    """A hybrid: patches of a CNN's feature map instead of the image (vitflower models)."""
+
+    backbone: Text = Field(
+        default="r26",
+        description="`r26`, `r50`, `r50_fine` (the paper's ResNets) or any timm CNN by name.",
+    )
+    stage: Tally | None = Field(
+        default=None, description="Which of its feature maps, from 0; null: the last."
+    )
+    patch: Count = Field(default=1, description="Side of a patch, in cells of the map.")
+    weights: Text = Field(
+        default="none",
+        description="The CNN's own weights, as model.weights; `none`: random, or those of "
+        "model.weights where that file holds a whole hybrid.",
+    )
+    frozen: Flag = Field(
+        default=False, description="Keep the CNN as it is while all else is trained."
+    )
+
+
 class ModelSpec(Section):
     """Which network, which weights."""
 
@@ -260,6 +289,9 @@ class ModelSpec(Section):
     options: dict[str, Option] = Field(
         default={},
         description="Further keywords for timm.create_model, such as pos_embed: sincos2d.",
+    )
+    embed: EmbedSpec | None = Field(
+        default=None, description="Build a hybrid; null: patches of the image."
     )
 
 
@@ -341,6 +373,16 @@ class TrainSpec(Section):
         default=2.0,
         description="Memory for photographs that stay decoded from the first epoch on, where each "
         "epoch augments anew, in GB of 10^9 bytes; 0: none.",
+    )
+    tune: Literal["all", "lora", "bitfit", "norm"] = Field(
+        default="all",
+        description="What is trained beside the head (mode full): `all`, `lora` (low-rank "
+        "adapters, merged into the weights at the end), `bitfit` (biases) or `norm` (LayerNorms).",
+    )
+    lora_rank: Count = Field(default=8, description="Rank of the adapters.")
+    lora_alpha: Positive = Field(default=16.0, description="The adapters count alpha / rank times.")
+    lora_on: Adapted = Field(
+        default=("qkv", "proj", "fc1", "fc2"), description="Layers of a block that get adapters."
     )
     init_head: Literal["fresh", "zero", "probe"] = Field(
         default="fresh", description="The head starts at random, at zero, or from a linear probe."

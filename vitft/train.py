@@ -498,7 +498,11 @@ class Trainer:
 
 
 def set_train_mode(net: nn.Module) -> None:
-    """Train mode where something is trained and for patch dropout; what is frozen stays in eval."""
+    """Train mode where something is trained and for patch dropout; what is frozen stays in eval.
+
+    Inside a block of which only adapters, biases or norms are trained, dropout and stochastic
+    depth are active too.
+    """
     parameters = list(net.parameters())
     net.train()
     if all(p.requires_grad for p in parameters):
@@ -508,6 +512,12 @@ def set_train_mode(net: nn.Module) -> None:
         own = list(module.parameters())
         if (own and all(p.requires_grad for p in own)) or isinstance(module, PatchDropout):
             module.train()
+    if isinstance(drop := getattr(net, "head_drop", None), nn.Dropout):
+        drop.train()  # before a head, which is always trained
+    for block in getattr(net, "blocks", None) or ():
+        if any(p.requires_grad for p in block.parameters()):
+            for module in block.modules():
+                module.training |= next(module.parameters(), None) is None
 
 
 def _rank(accuracy: float, loss: float) -> tuple[float, float]:
