@@ -15,7 +15,7 @@ FLOORS = (
     "errors stats kernels encode schema strict_yaml charts figures split threads resize",
     # files and what they hold
     "io raw ranks convert tensorfile inputs folders table ledger recipe pages doubt trust evaluate "
-    "suspects hybrid",
+    "suspects hybrid trials",
     "console images pictures weights checkpoint gallery sources unpack summary",
     # data, models and arrays
     "fetch pace store contents assign loaders vit model tune maps train sections cli answers",
@@ -30,7 +30,7 @@ FLOORS = (
     "writeup keep",
     # doors
     "run predict check",
-    "verify export demo",
+    "verify export demo study",
 )
 LEVEL = {room: level for level, names in enumerate(FLOORS) for room in names.split()}
 

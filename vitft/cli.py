@@ -40,6 +40,7 @@ COMMANDS = {
     "predict": "name what photographs show, with probabilities",
     "check": "look for everything wrong with data, recipe or model, and stop",
     "compare": "say whether one run is better than another, and how surely",
+    "study": "train variants over seeds and say which can be told apart",
     "verify": "hash and predict a finished run again; say what changed",
     "explain": "draw what a model looks at",
     "demo": "try a model in the browser, on this computer only",
