@@ -13,10 +13,13 @@ ROOMS = sorted(path.stem for path in VITFT.glob("*.py") if path.stem != "__init_
 FLOORS = (
     # words, numbers and plain values
     "errors stats kernels encode schema strict_yaml charts figures split threads resize",
+    # files in files
+    "containers",
     # files and what they hold
     "io raw ranks convert tensorfile inputs folders table ledger recipe pages doubt trust evaluate "
     "suspects hybrid trials",
-    "console images pictures weights checkpoint gallery sources unpack summary",
+    "console images pictures weights checkpoint gallery unpack summary shards",
+    "sources",
     # data, models and arrays
     "fetch pace store contents assign loaders vit model tune maps train sections cli answers",
     "probe audit curve graph twin card",

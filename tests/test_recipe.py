@@ -488,7 +488,8 @@ def test_flowers_head_says_what_the_tutorial_did():
 
 KEYS = """
 schema_version name mode seed device output
-data.root data.split data.val data.test data.group data.image_size data.transform data.on_bad
+data.root data.source data.split data.val data.test data.group data.image_size
+data.transform data.on_bad
 data.max_bad data.background data.bit_range data.icc data.frames data.decoder data.resize
 data.max_pixels data.max_aspect
 data.extensions data.class_from data.allow_empty data.duplicates data.fixes data.follow_links

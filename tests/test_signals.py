@@ -8,7 +8,7 @@ import re
 import shlex
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,9 @@ from vitft import io
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self").exists(), reason="looks processes up in /proc"
 )
+
+
+Start = Callable[..., list[Process]]
 
 
 @pytest.fixture(scope="module")
@@ -114,43 +117,62 @@ def test_X26_a_reader_that_has_gone_costs_the_last_line_and_nothing_else(runs, u
     assert (process.folder() / "report.html").exists()
 
 
-def kill_and_resume(
-    runs: Runs, undisturbed: Path, name: str, dice: random.Random, kills: int
-) -> int:
-    """Kills a run at random moments until so many kills were met; it must end as the other did."""
-    met = 0
-    longest = 1.0
+KINDS = {
+    "all parameters": [],
+    "kept activations": ["train.mixup=0", "train.blocks=1", "train.views=2"],
+    "skewed classes": ["train.mixup=0", "train.class_weights=balanced", "train.accumulate=2"],
+}
+
+
+def kill_and_resume(runs: Runs, start: Start, name: str, dice: random.Random, kills: int) -> Path:
+    """Kills a run at random moments until so many kills were met; the folder it then ends in."""
+    met, longest = 0, 1.0
     while True:
         resumable = list((runs.home / name).glob("*/2*/checkpoints/step-*"))
-        more = ["--resume", "auto"] if resumable else []
-        process = runs.start(name, "train.workers=1", *more, pace=0.01)
+        processes = start(name, *(["--resume", "auto"] if resumable else []))
         if met == kills:
-            assert process.wait() == 0, process.said()
-            assert_equal_runs(undisturbed, process.folder())
-            return met
-        process.until("run folder ")
+            assert [p.wait() for p in processes] == [0] * len(processes), processes[0].said()
+            return processes[0].folder()
+        processes[0].until("run folder ")
         time.sleep(dice.uniform(0, longest))
-        process.send(signal.SIGKILL)
-        code = process.wait()
-        if code == 0:  # it was done before: kill the next one earlier
-            assert_equal_runs(undisturbed, process.folder())
+        dice.choice(processes).send(signal.SIGKILL)
+        codes = [p.wait() for p in processes]
+        if -signal.SIGKILL in codes:
+            met += 1
+        else:  # it was done before: kill the next one earlier
+            assert codes == [0] * len(processes)
             longest /= 2
             io.remove(runs.home / name)
-        else:
-            assert code == -signal.SIGKILL
-            met += 1
-        process.leaves_nothing(30)
+        for process in processes:
+            process.leaves_nothing(30)
 
 
 def test_X4_a_run_killed_three_times_ends_bit_equal_to_an_undisturbed_one(runs, undisturbed):
-    assert kill_and_resume(runs, undisturbed, "killed", random.Random(0), 3) == 3
+    def start(name: str, *more: str) -> list[Process]:
+        return [runs.start(name, "train.workers=1", *more, pace=0.01)]
+
+    assert_equal_runs(undisturbed, kill_and_resume(runs, start, "killed", random.Random(0), 3))
 
 
 @pytest.mark.nightly
 @pytest.mark.timeout(1800)
-def test_X4_a_run_killed_twenty_times_ends_bit_equal_to_an_undisturbed_one(runs, undisturbed):
-    dice = random.Random(1)
-    assert sum(kill_and_resume(runs, undisturbed, f"k{i}", dice, 4) for i in range(5)) == 20
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_X4_runs_killed_at_random_sixty_times_end_bit_equal(runs, kind, world):
+    """Ten kills of each kind, in one process and in two, of which either may be hit."""
+    more = [*KINDS[kind], "train.epochs=3"]
+
+    def start(name: str, *resume: str) -> list[Process]:
+        if world > 1:
+            return runs.start_ranks(name, *more, *resume, pace=0.02)
+        return [runs.start(name, *more, "train.workers=1", *resume, pace=0.02)]
+
+    calm = start(f"calm {kind} {world}")
+    assert [p.wait() for p in calm] == [0] * world, calm[0].said()
+    dice = random.Random(f"{kind} {world}")
+    for k in range(2):
+        ended = kill_and_resume(runs, start, f"killed {kind} {world} {k}", dice, 5)
+        assert_equal_runs(calm[0].folder(), ended)
 
 
 def test_the_photographs_are_as_they_were(runs, undisturbed):

@@ -156,7 +156,8 @@ def keep(p: Prepared, split: str, *, views: int) -> Kept:
 
 @torch.inference_mode()
 def checked_shape(p: Prepared, blocks: int) -> tuple[int, int]:
-    """(T, D), after the parts gave what the whole model gives."""
+    """(T, D), after the parts gave what the whole model gives, in eval mode."""
+    p.net.eval()
     side = p.config.size
     generator = torch.Generator().manual_seed(p.recipe.seed)
     x = torch.randn(2, 3, *side, generator=generator).to(p.device)

@@ -109,7 +109,7 @@ def read_folders(
     classes = sorted({e.label for e in entries if e.split in ("", "train")})
     empty = sorted(_empty_classes(tree, parts, class_from) - set(classes))
     if not allow_empty:
-        tree.faults += [_empty_fault(root, name) for name in empty]
+        tree.faults += [empty_class(root, name) for name in empty]
     if tree.faults:
         raise DataError(tree.faults)
     entries.sort(key=lambda e: e.path)
@@ -421,6 +421,7 @@ def _nested_fault(folder: Path, cut: list[tuple[str, ...]], deep: list[tuple[str
     return Fault("data.nested", str(folder), text, "set data.class_from: top, leaf or path")
 
 
-def _empty_fault(root: Path, name: str) -> Fault:
+def empty_class(root: Path, name: str) -> Fault:
+    """A class that is named and holds nothing."""
     fix = "add photographs, remove the folder, or set data.allow_empty: true to keep its place"
     return Fault("data.empty_class", str(root), f"class {name!r} holds 0 photographs", fix)

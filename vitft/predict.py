@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from vitft import answers, console, images, io, product, stats
+from vitft import answers, console, containers, images, io, product, stats
 from vitft.answers import Answer as Answer
 from vitft.answers import Output
 from vitft.answers import top as top
@@ -177,7 +177,7 @@ def _foreign(path: Path, net: nn.Module) -> Foreign | None:
 
 
 def list_files(inputs: Sequence[Path]) -> list[str]:
-    """Files as given, folders searched for photographs, hidden files left out; sorted per folder.
+    """Files as given, folders and .tar searched for photographs, hidden files left out; sorted.
 
     They come as text, since a list of a hundred thousand Paths takes memory.
 
@@ -185,12 +185,16 @@ def list_files(inputs: Sequence[Path]) -> list[str]:
         DataError: `data.root_missing` for each input that is not there, `data.not_a_file` for
             addresses and standard input, `data.unreadable_folder`.
     """
-    missing = [p for p in inputs if not os.path.lexists(p)]
+    missing = [p for p in inputs if not os.path.lexists(p) and containers.locate(p) is None]
     if missing:
         raise DataError([_absent(str(p)) for p in missing])
     out: list[str] = []
     for given in inputs:
-        out += _walk(given) if given.is_dir() else [str(given)]
+        if given.suffix.lower() == ".tar" and given.is_file():
+            names = containers.members(given).spans
+            out += [f"{given}/{name}" for name in names if name.lower().endswith(EXTENSIONS)]
+        else:
+            out += _walk(given) if given.is_dir() else [str(given)]
     return out
 
 

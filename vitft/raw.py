@@ -9,6 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from vitft import containers
 from vitft.errors import DataError, Fault, MachineError, VitftError, escape
 
 SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
@@ -48,7 +49,7 @@ class BadImage(DataError):
 
 
 def read_bytes(path: Path) -> bytes:
-    """All bytes of a regular file.
+    """All bytes of a regular file, or of a picture in a shard (`vitft.containers`).
 
     A pipe, socket or device is never read: the type is asked before opening, and again of the open
     file, because the name may have changed hands in between (the open itself cannot block).
@@ -65,12 +66,32 @@ def read_bytes(path: Path) -> bytes:
             status = os.fstat(handle)
             _require_regular(path, status)
             data = _read_all(file, status.st_size)
+    except NotADirectoryError as error:
+        data = _contained(path, error)
     except OSError as error:
         if error.errno in SHORTAGES:
             raise _out_of(path, error) from None
         raise _unopenable(path, error) from None
     if not data:
         raise bad("data.empty", path, "0 bytes", COPY_AGAIN)
+    return data
+
+
+def _contained(path: Path, error: OSError) -> bytes:
+    """A path that goes on behind a file, where the file holds pictures."""
+    try:
+        place = containers.locate(path)
+        if place is None:
+            raise error
+        data = containers.read(*place, MAX_BYTES)
+    except OSError as fault:
+        if fault.errno in SHORTAGES:
+            raise _out_of(path, fault) from None
+        raise _unopenable(path, fault) from None
+    except DataError as fault:
+        raise BadImage(fault.faults) from None
+    if data is None:
+        raise bad("data.too_large", path, f"more than {MAX_BYTES:,} bytes", "make it smaller")
     return data
 
 

@@ -170,6 +170,12 @@ class DataSpec(Section):
         description="Folder of class folders, a .csv file (path,label[,split,group]), "
         "`flower_photos` (downloaded) or `sample:flowers` (in the package).",
     )
+    source: Literal["auto", "folder", "wds", "hfds"] = Field(
+        default="auto",
+        description="What lies at root: class folders (`folder`), tar shards of webdataset "
+        "(`wds`), a Hugging Face data set saved to disk (`hfds`, needs vitft[hfds]); `auto`: a "
+        "folder or a CSV, hfds where its json says so, wds for a single .tar.",
+    )
     split: Split = Field(
         default="auto",
         description="`auto` (folders train/val/test or the CSV's column where they exist, else "

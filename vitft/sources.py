@@ -12,8 +12,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
+from vitft import shards
 from vitft.errors import DataError, Fault
-from vitft.folders import Entry, Listing, check_root, closest, read_folders
+from vitft.folders import Entry, Listing, check_root, closest, empty_class, read_folders
 from vitft.recipe import DataSpec
 from vitft.split import SPLITS
 from vitft.table import Row, read_table
@@ -29,7 +30,11 @@ def list_photographs(spec: DataSpec) -> Listing:
             `data.one_class`, `data.group`, `data.csv_row`, `data.no_split`, `data.no_val`.
     """
     root = Path(spec.root)
-    listing = read_csv(root, spec) if root.suffix.lower() == ".csv" else _folder(root, spec)
+    source = shards.kind(root) if spec.source == "auto" else spec.source
+    if source in ("wds", "hfds"):
+        listing = _shards(root, source, spec)
+    else:
+        listing = read_csv(root, spec) if root.suffix.lower() == ".csv" else _folder(root, spec)
     _check_classes(listing)
     return _with_groups(listing, spec.group)
 
@@ -70,6 +75,15 @@ def _folder(root: Path, spec: DataSpec) -> Listing:
         follow_links=spec.follow_links,
         allow_empty=spec.allow_empty,
     )
+
+
+def _shards(root: Path, source: str, spec: DataSpec) -> Listing:
+    listing = shards.read_shards(root, source, split=spec.split, extensions=spec.extensions)
+    used = {e.label for e in listing.entries if e.split in ("", "train")}
+    empty = [name for name in listing.classes if name not in used]
+    if empty and not spec.allow_empty:
+        raise DataError([empty_class(root, name) for name in empty])
+    return listing
 
 
 # ---- classes ------------------------------------------------------------------------------------

@@ -1,0 +1,163 @@
+"""Pictures inside large files, read where they lie: tar shards and Arrow tables.
+
+    shards/train-0000.tar/daisy_17.jpg         a member of a tar, found by its name
+    plants/train/data-00000-of-00002.arrow/17  a row of a Hugging Face data set, by its number
+
+Such a path is a photograph's path everywhere else: nothing is unpacked, and reading is by position,
+in any order. Headers are read once per process and file; a process that forks hands them on.
+"""
+
+import os
+import tarfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path, PurePosixPath
+from typing import Any, cast
+
+from vitft.errors import DataError, Fault, MachineError
+
+KINDS = (".tar", ".arrow")
+REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE)
+# What hostile headers bring out of the standard library besides its own error.
+BROKEN = (tarfile.TarError, ValueError, EOFError, MemoryError, OverflowError, RecursionError)
+COPY_AGAIN = "copy the shard again, or write it anew"
+
+
+@dataclass(frozen=True)
+class Tar:
+    """Where the members of a tar lie.
+
+    Attributes:
+        spans: Name -> first byte and length; regular files alone, in the order of the tar.
+        others: Members of another kind: folders, links, devices, sparse files.
+    """
+
+    spans: dict[str, tuple[int, int]]
+    others: int
+
+
+def locate(path: Path) -> tuple[Path, str] | None:
+    """The file that holds a picture, and the picture's name in it; None where there is none."""
+    for parent in path.parents:
+        if parent.suffix.lower() in KINDS and parent.is_file():
+            return parent, path.relative_to(parent).as_posix()
+    return None
+
+
+def read(file: Path, name: str, limit: int) -> bytes | None:
+    """The bytes of a picture; None where they are more than `limit`.
+
+    Raises:
+        OSError: As of a file of its own: missing, or not readable.
+        DataError: `data.shard`.
+    """
+    if file.suffix.lower() == ".arrow":
+        return _row(file, name, limit)
+    span = members(file).spans.get(name)
+    if span is None:
+        raise FileNotFoundError(2, "no such member", name)
+    if span[1] > limit:
+        return None
+    with file.open("rb") as handle:
+        handle.seek(span[0])
+        return handle.read(span[1])
+
+
+def members(file: Path) -> Tar:
+    """The members of an uncompressed tar.
+
+    Raises:
+        OSError: It cannot be opened.
+        DataError: `data.shard`: no tar, cut off, a name twice, or one that leads out of it.
+    """
+    status = file.stat()
+    return _members(file, status.st_size, status.st_mtime_ns)
+
+
+@cache
+def _members(file: Path, size: int, changed: int) -> Tar:
+    spans: dict[str, tuple[int, int]] = {}
+    others = 0
+    try:
+        with tarfile.open(file, "r:") as tar:
+            for member in tar:
+                cast(Any, tar).members = []  # it would keep every header
+                if member.type not in REGULAR:
+                    others += 1
+                    continue
+                name = _safe(file, member.name)
+                if name in spans:
+                    raise _bad(file, f"holds {name} twice")
+                spans[name] = (member.offset_data, member.size)
+    except BROKEN as error:
+        if isinstance(error, DataError):
+            raise
+        text = f"is no whole uncompressed tar of {size:,} bytes ({type(error).__name__}: {error})"
+        raise _bad(file, text) from None
+    end = max((start + length for start, length in spans.values()), default=0)
+    if end > size:
+        raise _bad(file, f"is cut off: {size:,} bytes, and its last member ends at {end:,}")
+    return Tar(spans, others)
+
+
+def _safe(file: Path, name: str) -> str:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in name:
+        raise _bad(file, f"holds {name!r}, which would lead out of it")
+    return path.as_posix()
+
+
+def _bad(file: Path, text: str) -> DataError:
+    return DataError([Fault("data.shard", str(file), text, COPY_AGAIN)])
+
+
+# -- Arrow ----------------------------------------------------------------------------------------
+
+
+def table(file: Path) -> Any:
+    """The rows of an Arrow file as Hugging Face's `save_to_disk` writes it, mapped, not loaded.
+
+    Raises:
+        OSError: It cannot be opened.
+        DataError: `data.shard`.
+        MachineError: `env.extra`: pyarrow is missing.
+    """
+    status = file.stat()
+    return _table(file, status.st_size, status.st_mtime_ns, os.getpid())
+
+
+@cache
+def _table(file: Path, size: int, changed: int, process: int) -> Any:
+    """Of each process its own: what pyarrow holds is not for a fork."""
+    try:
+        import pyarrow as pa
+    except ImportError:
+        text, fix = "pyarrow is not installed", "pip install 'vitft[hfds]'"
+        raise MachineError.of("env.extra", file, text, fix) from None
+    try:
+        return pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
+    except (pa.ArrowException, ValueError) as error:
+        raise _bad(file, f"is no whole Arrow file of {size:,} bytes ({error})") from None
+
+
+def picture_column(rows: Any) -> str:
+    """The name of the column that holds pictures: a struct of bytes and path."""
+    import pyarrow as pa
+
+    kinds = {f.name: f.type for f in rows.schema}
+    structs = {str(n): t for n, t in kinds.items() if pa.types.is_struct(t)}
+    found = [n for n, t in structs.items() if t.get_field_index("bytes") > -1]
+    if len(found) != 1:
+        raise ValueError(f"columns with pictures: {', '.join(found) or 'none'} of {list(kinds)}")
+    return found[0]
+
+
+def _row(file: Path, name: str, limit: int) -> bytes | None:
+    rows = table(file)
+    if not name.isdecimal() or int(name) >= len(rows):
+        raise FileNotFoundError(2, "no such row", name)
+    value = rows.column(picture_column(rows))[int(name)]
+    data = value["bytes"].as_buffer() if value.is_valid and value["bytes"].is_valid else None
+    if data is None:
+        raise _bad(file, f"row {name} holds no picture, only the path of one")
+    return None if data.size > limit else bytes(data)

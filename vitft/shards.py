@@ -1,0 +1,265 @@
+"""Shards -> the `Listing` of their pictures: tar files as webdataset writes them, or Arrow tables.
+
+    wds     train-0000.tar, val-0000.tar ...; a sample is files of one key: 17.jpg, 17.cls, 17.json
+    hfds    what `datasets.save_to_disk` wrote: train/data-00000-of-00002.arrow, dataset_dict.json
+
+One pass over the headers and labels gives every picture a path of its own (`vitft.containers`), and
+from there on shards are a folder: each picture is hashed and decoded once, split exactly, drawn in
+any order and named in every error. A stream has none of that: it shuffles within a window, rounds
+its epochs, and passes over what it cannot decode. The price is the pass, and random reads.
+"""
+
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from vitft import containers
+from vitft.errors import DataError, Fault
+from vitft.folders import EXTENSIONS, SPLIT_FOLDERS, Entry, Listing, check_root
+
+NAMES = "classes.txt"  # one name a line, for shards whose labels are numbers
+MAX_LABEL = 65_536  # bytes of a .cls or .json
+JSON_KEYS = ("label", "cls")
+
+
+def kind(root: Path) -> str:
+    """`wds` or `hfds` where a root can be nothing else; empty for a folder or a CSV."""
+    if root.suffix.lower() == ".tar" and root.is_file():
+        return "wds"
+    if (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
+        return "hfds"
+    return ""
+
+
+def read_shards(root: Path, source: str, *, split: str, extensions: Sequence[str] = ()) -> Listing:
+    """Lists the pictures of shards.
+
+    Args:
+        root: The folder of the shards, or a single tar.
+        source: `wds` or `hfds`.
+        split: `auto` and `folders` go by the shards' names (`train-0001.tar`, `val/0001.tar`) or
+            the data set's splits; all else reads them as one.
+        extensions: Endings of pictures beside the known ones, in lower case.
+
+    Raises:
+        DataError: `data.shard` for every file that is broken; `data.sample` for samples without
+            one picture and one label; `data.no_split`, `data.layout`, `data.no_val`,
+            `data.empty_class`, `data.root_*`.
+        MachineError: `env.extra`.
+    """
+    if split == "tutorial":
+        fix = "name a folder of photographs, or set data.split: stratified"
+        raise DataError.of("data.no_split", root, "the tutorial splits a folder, not shards", fix)
+    if not root.is_dir() and not (source == "wds" and root.is_file()):
+        check_root(root)
+    files = _files(root, source)
+    by_name = split in ("auto", "folders")
+    sides = _sides(root, files, required=split == "folders") if by_name else {}
+    faults: list[Fault] = []
+    ignored: Counter[str] = Counter()
+    entries: list[Entry] = []
+    names: tuple[str, ...] = _class_names(root)
+    base = root if root.is_dir() else root.parent
+    for file in files:
+        relative = file.relative_to(base).as_posix()
+        try:
+            if source == "hfds":
+                found, declared = _rows(file)
+                names = names or declared
+            else:
+                found = _samples(file, (*EXTENSIONS, *extensions), ignored)
+            for name, label in found:
+                entries.append(Entry(f"{relative}/{name}", label, sides.get(file, "")))
+        except DataError as error:
+            faults += error.faults
+        except OSError as error:
+            faults.append(Fault("data.shard", str(file), f"{error.strerror}", "make it readable"))
+    if faults:
+        raise DataError(faults)
+    return _listing(base, entries, names, ignored)
+
+
+def _listing(
+    base: Path, entries: list[Entry], names: tuple[str, ...], ignored: Counter[str]
+) -> Listing:
+    if names:
+        entries = [_named(base, entry, names) for entry in entries]
+        classes = names
+    else:
+        found = {e.label for e in entries if e.split in ("", "train")}
+        numbers = all(label.isdecimal() for label in found)
+        classes = tuple(sorted(found, key=int if numbers else None))
+    warnings = tuple(
+        f"class {name!r} has no photograph"
+        for name in sorted(set(classes) - {e.label for e in entries})
+    )
+    entries.sort(key=lambda e: e.path)
+    total = len(entries) + ignored.total()
+    return Listing(base, tuple(entries), classes, total, dict(ignored), warnings=warnings)
+
+
+def _named(base: Path, entry: Entry, names: tuple[str, ...]) -> Entry:
+    """A label that is a number is the place of a name."""
+    if entry.label in names:
+        return entry
+    if not entry.label.isdecimal() or int(entry.label) >= len(names):
+        text = f"label {entry.label!r} is none of {len(names):,} classes"
+        fix = f"correct the label, or {NAMES} beside the shards"
+        raise DataError.of("data.sample", base / entry.path, text, fix)
+    return Entry(entry.path, names[int(entry.label)], entry.split)
+
+
+def _class_names(root: Path) -> tuple[str, ...]:
+    file = (root if root.is_dir() else root.parent) / NAMES
+    if not file.is_file():
+        return ()
+    names = tuple(line.strip() for line in file.read_text("utf-8").splitlines() if line.strip())
+    if len(set(names)) < len(names):
+        raise DataError.of("data.sample", file, "names a class twice", "name each class once")
+    return names
+
+
+# -- files and sides ------------------------------------------------------------------------------
+
+
+def _files(root: Path, source: str) -> list[Path]:
+    if source == "hfds":
+        return _arrow_files(root)
+    if root.is_file():
+        return [root]
+    files = sorted(p for p in root.rglob("*.tar") if not p.name.startswith("."))
+    if not files:
+        packed = sorted(p.name for p in root.rglob("*.tar.*"))
+        told = f"; {packed[0]} is compressed, which allows no reading by position" if packed else ""
+        fix = "name the folder of the shards; unpack them to .tar where they are compressed"
+        raise DataError.of("data.root_empty", root, f"no .tar in this folder{told}", fix)
+    return files
+
+
+def _arrow_files(root: Path) -> list[Path]:
+    """In the order that the data set says: its row numbers follow it."""
+    try:
+        parts = [root]
+        if (root / "dataset_dict.json").is_file():
+            described = json.loads((root / "dataset_dict.json").read_text("utf-8"))
+            parts = [root / str(name) for name in described["splits"]]
+        return [
+            part / PurePosixPath(str(f["filename"])).name
+            for part in parts
+            for f in json.loads((part / "state.json").read_text("utf-8"))["_data_files"]
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        text = f"is not what datasets.save_to_disk writes ({type(error).__name__}: {error})"
+        fix = "save it so: datasets.load_dataset(...).save_to_disk(FOLDER), also from Parquet"
+        raise DataError.of("data.root_empty", root, text, fix) from None
+
+
+def _sides(root: Path, files: list[Path], *, required: bool) -> dict[Path, str]:
+    """train, val or test of each file by a word of its name or folder; none where no name says."""
+    sides = {file: side for file in files if (side := _side(root, file))}
+    have = set(sides.values())
+    if not have and not required:
+        return {}
+    fix = "name every shard so, or set data.split: stratified to ignore the names"
+    if len(sides) < len(files):
+        odd = next(file for file in files if file not in sides)
+        text = f"{odd.name} says neither train, val nor test, unlike {len(sides):,} others"
+        raise DataError.of("data.layout", root, text, fix)
+    if "train" not in have:
+        raise DataError.of("data.no_train", root, f"only {', '.join(sorted(have))} here", fix)
+    if have == {"train"} and required:
+        text = "neither val nor test is here: nothing would be left to measure on"
+        raise DataError.of("data.no_val", root, text, "set data.split: stratified")
+    return sides if have != {"train"} else {}
+
+
+def _side(root: Path, file: Path) -> str:
+    within = file.relative_to(root).as_posix() if root.is_dir() else file.name
+    words = re.split(r"[^a-z]+", within.lower())
+    return next((SPLIT_FOLDERS[word] for word in words if word in SPLIT_FOLDERS), "")
+
+
+# -- samples --------------------------------------------------------------------------------------
+
+
+def _samples(file: Path, accept: Sequence[str], ignored: Counter[str]) -> Iterator[tuple[str, str]]:
+    """Picture and label of each sample of a tar.
+
+    The key of a sample is its path up to the first dot of the name, as webdataset has it. Its label
+    is the text of `.cls`, `label` or `cls` of `.json`, or the folder it lies in.
+    """
+    tar = containers.members(file)
+    if tar.others:
+        ignored["folder, link or other special member of a tar"] += tar.others
+    samples: dict[str, dict[str, str]] = defaultdict(dict)
+    for name in tar.spans:
+        folder, _, last = name.rpartition("/")
+        stem, _, ending = last.partition(".")
+        samples[f"{folder}/{stem}"]["." + ending.lower()] = name
+    for key, parts in samples.items():
+        pictures = [n for ending, n in parts.items() if ending in accept]
+        others = len(parts) - len(pictures)
+        if others:
+            ignored["label or other part of a sample"] += others
+        if not pictures:
+            continue
+        label = _label(file, parts)
+        if len(pictures) > 1 or label is None:
+            what = f"{len(pictures)} pictures" if label is not None else "no label"
+            text = f"sample {key.lstrip('/')} has {what}"
+            fix = "give each sample one picture and a .cls, a .json with `label`, or a folder"
+            raise DataError.of("data.sample", file, text, fix)
+        yield pictures[0], label
+
+
+def _label(file: Path, parts: dict[str, str]) -> str | None:
+    if ".cls" in parts:
+        return _text(file, parts[".cls"]).strip() or None
+    if ".json" in parts:
+        try:
+            found: Any = json.loads(_text(file, parts[".json"]))
+            label = next((found[k] for k in JSON_KEYS if k in found), None)
+        except (ValueError, TypeError, RecursionError):
+            label = None
+        if isinstance(label, int | str) and not isinstance(label, bool):
+            return str(label).strip() or None
+    folder = PurePosixPath(next(iter(parts.values()))).parent.name
+    return folder or None
+
+
+def _text(file: Path, name: str) -> str:
+    data = containers.read(file, name, MAX_LABEL)
+    return "" if data is None else data.decode("utf-8", "replace")
+
+
+# -- Arrow ----------------------------------------------------------------------------------------
+
+
+def _rows(file: Path) -> tuple[Iterator[tuple[str, str]], tuple[str, ...]]:
+    """Row numbers with labels, and the class names that the file declares."""
+    rows = containers.table(file)
+    about = json.loads((rows.schema.metadata or {}).get(b"huggingface", b"{}"))
+    features = about.get("info", {}).get("features", {})
+    classes = [k for k, f in features.items() if isinstance(f, dict) and "names" in f]
+    fix = "rename the columns to image and label, keep one of each, and save_to_disk again"
+    try:
+        containers.picture_column(rows)
+    except ValueError as error:
+        raise DataError.of("data.sample", file, str(error), fix) from None
+    column = classes[0] if len(classes) == 1 else "label"
+    if column not in rows.schema.names:
+        text = f"columns with a label: {', '.join(classes) or 'none'} of {rows.schema.names}"
+        raise DataError.of("data.sample", file, text, fix)
+    names = tuple(str(n) for n in features.get(column, {}).get("names", ()))
+    labels = rows.column(column).to_pylist()
+    missing = [
+        k for k, label in enumerate(labels) if label is None or str(label).strip() in ("", "-1")
+    ]
+    if missing:
+        text = f"{len(missing):,} rows have no label, the first is {missing[0]:,}"
+        raise DataError.of("data.sample", file, text, "leave these rows out")
+    width = len(str(max(len(labels) - 1, 0)))
+    return ((f"{k:0{width}d}", str(label)) for k, label in enumerate(labels)), names
