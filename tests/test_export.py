@@ -2,19 +2,25 @@
 
 import csv
 import json
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
+import timm
 import torch
 import yaml
 from conftest import paint
-from rows import COLOURS, card, contents, make_product, network, refused
+from PIL import Image
+from rows import COLOURS, TINY, card, contents, make_product, network, refused
 
-from vitft import export, graph, io, product, proof
+from vitft import export, graph, io, product, proof, variants
 from vitft.errors import MachineError, RecipeError, VitftError, WeightsError
 from vitft.export import Order, main, selftest
 from vitft.hubpage import page
+from vitft.inputs import InputConfig, plain
+from vitft.predict import Predictor
 from vitft.run import run
+from vitft.stats import paired_interval, wilson
 
 
 @pytest.fixture
@@ -59,10 +65,10 @@ def test_every_export_reproduces_the_runs_test_predictions(finished, tmp_path, f
     n = len(stored(finished))
     assert f"predictions.csv: {n} of {n} answers alike" in told.err
     _, of_run = product.load(finished)
-    runner = export.open_export(out, format, of_run, uint8=False)
-    _, card_now = product.load(finished)
+    sent = of_run if format in export.GRAPHS else product.load(out)[1]
+    runner = export.open_export(out, format, sent, uint8=False)
     evidence = proof.gather(finished, [], 1000)
-    pixels = torch.cat([batch for _, batch in proof.chunks(evidence, card_now)])
+    pixels = torch.cat([batch for _, batch in proof.chunks(evidence, of_run)])
     _, p = runner(pixels)
     was = np.array([[float(v) for k, v in r.items() if k[:2] == "p:"] for r in stored(finished)])
     np.testing.assert_allclose(p, was, atol=1e-5)
@@ -102,6 +108,97 @@ def test_an_onnx_graph_takes_any_batch_of_bytes_and_says_what_it_is(made, pictur
         np.testing.assert_allclose(p, (want / 1.7).softmax(1).numpy(), atol=1e-6)
 
 
+def product_of(folder, classes, size, architecture="vitflower_ti16", **options):
+    """A product of any shape; a crop that is not the whole, a temperature far from 1."""
+    config = InputConfig(size, (0.5,) * 3, (0.25,) * 3, crop_pct=0.9)
+    names = tuple(f"class {k}" for k in range(classes))
+    torch.manual_seed(3)
+    net = timm.create_model(architecture, num_classes=classes, **options).eval()
+    heads = net.get_classifier()
+    for head in heads if isinstance(heads, tuple) else (heads,):
+        for p in head.parameters():
+            torch.nn.init.normal_(p)
+    given = {"architecture": architecture, "options": options, "transform": asdict(plain(config))}
+    of_net = card(classes=names, temperature=2.5, **given)
+    product.save(net, folder, of_net, config, as_timm=False)
+    return folder
+
+
+SHAPES = {
+    "one class": (1, (16, 16), "vitflower_ti16", TINY),
+    "two classes, wide": (2, (16, 24), "vitflower_ti16", TINY | {"img_size": [16, 24]}),
+    "1,000 classes": (1000, (16, 16), "vitflower_ti16", TINY),
+    "convolutions, tall": (3, (48, 32), "test_efficientnet", {}),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("format", ["onnx", "pt2", "hf"])
+def test_any_shape_of_model_gives_predicts_probabilities(shape, format, pictures, tmp_path):
+    """The file as a stranger opens it, next to vitft.predict's answers for the same photographs."""
+    classes, size, architecture, options = SHAPES[shape]
+    if format == "onnx":
+        pytest.importorskip("onnxscript")
+        if shape not in ("two classes, wide", "convolutions, tall"):
+            pytest.skip("two shapes are enough for the slow exporter")
+    made = product_of(tmp_path / "made" / "model", classes, size, architecture, **options)
+    out = tmp_path / "out"
+    found = export.export(made, out, Order(format, uint8=format != "hf"), given(pictures))
+    assert found.good
+    want = np.stack([a.probabilities for a in Predictor(made, "cpu")(pictures)])
+    if format == "hf":
+        got = [a.probabilities for a in Predictor(out, "cpu")(pictures)]
+        np.testing.assert_allclose(got, want, atol=1e-5)
+        net, golden = opened(out), json.loads((out / "golden" / "golden.json").read_text())
+        with torch.inference_mode():
+            p = net(by_timm(net, out)).softmax(1)[0]
+        np.testing.assert_allclose(p, golden["images"][0]["probabilities"], atol=1e-5)
+    pixels = torch.cat([x for _, x in proof.chunks(given(pictures), product.load(made)[1])])
+    np.testing.assert_allclose(stranger(out, format, pixels), want, atol=1e-5)
+    assert selftest(out)[1]
+
+
+def test_a_head_of_two_layers_keeps_its_temperature_apart_and_says_so(tmp_path, pictures, capsys):
+    options = TINY | {"img_size": [16, 16]}
+    made = tmp_path / "made" / "model"
+    product_of(made, 3, (16, 16), "deit_tiny_distilled_patch16_224", **options)
+    capsys.readouterr()
+    words = [made, "-o", tmp_path / "out", "--format", "timm", "--images", *pictures]
+    assert main([str(word) for word in words]) == 0
+    assert "temperature 2.5000 is not applied" in capsys.readouterr().err
+    told = json.loads((tmp_path / "out" / "export.json").read_text())
+    assert told["temperature_applied"] is False
+    assert product.load(tmp_path / "out")[1].temperature == 2.5
+
+
+def opened(folder):
+    return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+
+
+def by_timm(net, folder):
+    """The first golden image as timm's own transform makes it for this model, [1, 3, H, W]."""
+    config = timm.data.resolve_model_data_config(net)
+    transform = timm.data.create_transform(**config, is_training=False)
+    with Image.open(next(folder.glob("golden/0.*"))) as picture:
+        return transform(picture.convert("RGB")).unsqueeze(0)
+
+
+@torch.inference_mode()
+def stranger(folder, format, x):
+    """Probabilities of uint8 [n, 3, H, W] by nothing of ours."""
+    if format == "hf":
+        return opened(folder)((x / 255 - 0.5) / 0.25).softmax(1).numpy()
+    x = x.permute(0, 2, 3, 1).contiguous()
+    if format == "pt2":
+        return torch.export.load(str(folder / "model.pt2")).module()(x)[1].numpy()
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(
+        str(folder / "model.onnx"), providers=["CPUExecutionProvider"]
+    )
+    return session.run(["probabilities"], {"images": x.numpy()})[0]
+
+
 def test_variants_are_written_and_measured_side_by_side(
     made, pictures, tmp_path, capsys, monkeypatch
 ):
@@ -119,10 +216,32 @@ def test_variants_are_written_and_measured_side_by_side(
     gap = {r["name"]: r["agreement"]["probability"] for r in rows}
     assert gap["float32"] <= 1e-6 < gap["float16"] < gap["int8"] < 0.1
     assert all(r["ms_one"] > 0 and r["per_second"] > 0 for r in rows)
+    assert all(r["accuracy"] is None and r["difference"] is None for r in rows)
     printed, err = capsys.readouterr()
     assert "WARNING: int8 holds for matrix products only" in err
     assert [line.split()[0] for line in printed.splitlines()[1:5]] == list(gap)
     assert "labels not known" in printed
+
+
+def test_a_variants_accuracy_stands_beside_pytorchs_on_the_same_photographs(made, pictures):
+    """Three photographs: one right in both, one in PyTorch alone, one in the variant alone."""
+    net, of_net = product.load(made)
+    answers, _ = proof.compare(net, of_net, given(pictures), [])
+    said = answers.probabilities.argmax(axis=1)
+    other = (said + 1) % 3
+    labels = tuple(COLOURS[k] for k in (said[0], said[1], other[2]))
+
+    def variant(x):
+        p = np.eye(3, dtype=np.float32)[[said[0], other[1], other[2]]]
+        return np.log(p + 1e-3), p
+
+    evidence = replace(given(pictures), labels=labels)
+    _, (found,) = proof.compare(net, of_net, evidence, [variant])
+    assert (found.right, found.lost, found.gained, found.same) == (2, 1, 1, 1)
+    row = variants.Variant("int8", 1.0, found, 1.0, 1.0).record()
+    right, apart = wilson(2, 3), paired_interval(1, 1, 3)
+    assert row["accuracy"] == {"value": 2 / 3, "low": right.low, "high": right.high}
+    assert row["difference"] == {"value": 0.0, "low": apart.low, "high": apart.high}
 
 
 def test_a_pt2_archive_takes_any_batch_and_carries_its_card(made, pictures, tmp_path):
@@ -138,8 +257,6 @@ def test_a_pt2_archive_takes_any_batch_and_carries_its_card(made, pictures, tmp_
 
 def test_a_folder_for_the_hub_opens_in_transformers(made, pictures, tmp_path):
     transformers = pytest.importorskip("transformers")
-    from PIL import Image
-
     out = tmp_path / "out"
     export.export(made, out, Order("hf", licence="apache-2.0"), given(pictures))
     pipe = transformers.pipeline("image-classification", model=str(out), top_k=3)
@@ -147,12 +264,14 @@ def test_a_folder_for_the_hub_opens_in_transformers(made, pictures, tmp_path):
     for entry in golden:
         with Image.open(out / "golden" / entry["file"]) as picture:
             said = {a["label"]: a["score"] for a in pipe(picture.convert("RGB"))}
-        plain = torch.tensor(entry["logits"]).softmax(0)  # no temperature in this format
-        assert [said[c] for c in COLOURS] == pytest.approx(plain.tolist(), abs=1e-5)
+        assert [said[c] for c in COLOURS] == pytest.approx(entry["probabilities"], abs=1e-5)
+        plain = torch.tensor(entry["logits"]).softmax(0)  # the temperature is in the head
+        assert plain.tolist() == pytest.approx(entry["probabilities"], abs=1e-6)
 
 
 def test_the_hub_page_has_licence_numbers_with_intervals_and_says_what_is_not_applied(finished):
     _, of_run = product.load(finished)
+    assert of_run.temperature not in (None, 1.0)
     text = page(of_run, finished, "apache-2.0", golden="flowers")
     front = yaml.safe_load(text.split("---")[1])
     told = json.loads((finished / "metrics.json").read_text())["test"]
@@ -176,6 +295,9 @@ def test_the_hub_page_has_licence_numbers_with_intervals_and_says_what_is_not_ap
     assert "A class with fewer than 30 photographs has a first impression" in text
     assert "**not applied** in this format" in text
     assert "250 photographs of 250 found were used" in text
+    applied = page(replace(of_run, temperature=1.0), None, "mit", golden="flowers", divided=1.25)
+    assert "a temperature of 1.2500 was fitted" in applied
+    assert "not applied" not in applied
 
 
 def test_names_from_anyone_are_text_on_the_hub_page():
@@ -250,7 +372,7 @@ def test_what_the_command_line_asks_in_vain_is_said_at_once(capsys):
         capsys, main, ["--uint8", "--variants", "--format", "timm", "--limit", "0"],
         code=2, id="export.option", says=("is missing", "holds no graph"), fix="leave it out",
     )  # fmt: skip
-    for place in ("MODEL_OR_RUN", "-o", "--uint8", "--variants", "--limit"):
+    for place in ("MODEL", "-o", "--uint8", "--variants", "--limit"):
         assert f"error[export.option] {place}: " in err
 
 

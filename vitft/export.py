@@ -1,12 +1,15 @@
 """The door out: a trained model as files that need no vitft, checked before they are kept.
 
-    python -m vitft.export MODEL_OR_RUN -o OUT --format onnx|pt2|hf|timm
+    python -m vitft.export MODEL -o OUT --format onnx|pt2|hf|timm
     python -m vitft.export --selftest OUT
 
     onnx   model.onnx for onnxruntime; batch free; logits and calibrated probabilities out
     pt2    the same as a torch.export archive
-    hf     timm's and transformers' folder with a model card; the temperature is not applied
+    hf     timm's and transformers' folder with a model card
     timm   the same folder without the card
+
+All of them give calibrated probabilities: a graph divides by the temperature, in a folder it is
+part of the head's weights, since timm and transformers take the plain softmax.
 
 With --uint8 the graph normalises: it takes uint8 RGB [B, H, W, 3], as the photograph is after
 decoding, resizing and cropping (export.json says to what). Those stay with the caller. OUT is a
@@ -16,14 +19,16 @@ PyTorch's, or not at all.
 """
 
 import argparse
+import copy
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import timm
 import torch
 from torch import nn
@@ -31,7 +36,7 @@ from torch import nn
 from vitft import card as cards
 from vitft import console, encode, graph, hubpage, io, product, proof, variants
 from vitft.card import Card
-from vitft.console import say
+from vitft.console import say, warn
 from vitft.errors import Fault, RecipeError, VitftError, WeightsError, escape
 from vitft.graph import Deployed, Runner
 from vitft.inputs import InputConfig, TransformSpec, normalise
@@ -77,15 +82,17 @@ def export(model: Path, out: Path, order: Order, evidence: Evidence) -> Agreemen
     """
     require_free(out)
     net, card = product.load(model)
+    sent = Sent(net, card, 1.0) if order.format in GRAPHS else folded(net, card)
     with io.staged_dir(out) as staged:
-        _write(net, card, model, staged, order)
-        io.write_json(staged / ABOUT, about(card, order))
-        runner = open_export(staged, order.format, card, uint8=order.uint8)
-        answers, (found,) = proof.compare(net, card, evidence, [runner])
+        _write(sent, model, staged, order)
+        io.write_json(staged / ABOUT, about(sent, order))
+        runner = open_export(staged, order.format, sent.card, uint8=order.uint8)
+        answers, (found,) = proof.compare(net, card, evidence, [sent.unfolded(runner)])
         proof.refuse(out, found)
         if order.private:
             evidence = proof.Evidence(tuple(sorted(proof.SAMPLE.rglob("*.jpg"))[::90]), "bundled")
             answers, _ = proof.compare(net, card, evidence, [])
+        answers = replace(answers, logits=answers.logits / np.float32(sent.divided))
         proof.write_golden(staged, card, evidence, answers)
         if order.variants:
             variants.write(
@@ -94,10 +101,49 @@ def export(model: Path, out: Path, order: Order, evidence: Evidence) -> Agreemen
                 staged / GRAPHS["onnx"],
                 evidence,
                 uint8=order.uint8,
-                metadata=_metadata(card, order),
+                metadata=_metadata(sent, order),
             )
-        _last_look(staged, card, runner, out)
+        _last_look(staged, sent.card, runner, out)
     return found
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What is written, beside what was measured.
+
+    Attributes:
+        net: Its logits are those of the model divided by `divided`.
+        card: Its temperature is what is left to divide by.
+        divided: The temperature that is part of the head's weights; 1 if none is.
+    """
+
+    net: nn.Module
+    card: Card
+    divided: float
+
+    def unfolded(self, runner: Runner) -> Runner:
+        """Gives the model's own logits from a file with the temperature in its head."""
+
+        def run(pixels: torch.Tensor) -> tuple[graph.Floats, graph.Floats]:
+            logits, p = runner(pixels)
+            return logits * np.float32(self.divided), p
+
+        return run
+
+
+def folded(net: nn.Module, card: Card) -> Sent:
+    """Divides the head by the temperature, so that the plain softmax is calibrated."""
+    if card.temperature is None or card.temperature == 1:
+        return Sent(net, card, 1.0)
+    net = copy.deepcopy(net)
+    head = cast(Any, net).get_classifier()
+    if not isinstance(head, nn.Linear | nn.Conv2d):
+        warn(f"the head is no one layer, so the temperature {card.temperature:.4f} is not applied")
+        return Sent(net, card, 1.0)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.div_(card.temperature)
+    return Sent(net, replace(card, temperature=1.0), card.temperature)
 
 
 def require_free(out: Path) -> None:
@@ -112,12 +158,13 @@ def require_free(out: Path) -> None:
         raise RecipeError.of("export.output", out, text, "name a new folder with -o")
 
 
-def _write(net: nn.Module, card: Card, model: Path, folder: Path, order: Order) -> None:
+def _write(sent: Sent, model: Path, folder: Path, order: Order) -> None:
+    net, card = sent.net, sent.card
     transform = product.transform_of(card)
     if order.format in GRAPHS:
         module = Deployed(net, transform, card.temperature or 1.0, uint8=order.uint8)
         write = graph.write_onnx if order.format == "onnx" else graph.write_pt2
-        write(module, transform, folder / GRAPHS[order.format], _metadata(card, order))
+        write(module, transform, folder / GRAPHS[order.format], _metadata(sent, order))
         return
     try:
         product.fill(
@@ -135,7 +182,7 @@ def _write(net: nn.Module, card: Card, model: Path, folder: Path, order: Order) 
         run = product.find_file(model).parent.parent
         golden = "bundled flowers" if order.private else "photographs of the comparison"
         run_or_none = run if (run / "metrics.json").is_file() else None
-        text = hubpage.page(card, run_or_none, order.licence, golden=golden)
+        text = hubpage.page(card, run_or_none, order.licence, golden=golden, divided=sent.divided)
         io.write_text(folder / "README.md", text)
 
 
@@ -145,18 +192,20 @@ def config_of(transform: TransformSpec) -> InputConfig:
     return InputConfig(t.size, t.mean, t.std, t.interpolation, t.crop_pct, t.crop_mode)
 
 
-def about(card: Card, order: Order) -> dict[str, Any]:
+def about(sent: Sent, order: Order) -> dict[str, Any]:
     """Everything that using the file rightly takes, as JSON values."""
+    card = sent.card
     transform = product.transform_of(card)
-    applied = order.format in GRAPHS
+    graphed = order.format in GRAPHS
     return {
         "format": order.format,
         "vitft": version("vitft"),
         "uint8": order.uint8,
         "input": _input(transform, order),
         "outside": _outside(transform, order),
-        "outputs": list(graph.OUTPUTS) if applied else ["logits"],
-        "temperature_applied": applied and card.temperature is not None,
+        "outputs": list(graph.OUTPUTS) if graphed else ["logits"],
+        "temperature_applied": sent.divided != 1 or (graphed and card.temperature is not None),
+        "temperature_in_head": sent.divided,
         "card": json.loads(encode.json_text(card)),
     }
 
@@ -185,8 +234,8 @@ def _outside(transform: TransformSpec, order: Order) -> str:
     return text if order.uint8 else text + "; then normalise"
 
 
-def _metadata(card: Card, order: Order) -> dict[str, str]:
-    told = about(card, order)
+def _metadata(sent: Sent, order: Order) -> dict[str, str]:
+    card, told = sent.card, about(sent, order)
     return {
         graph.META: encode.json_text(told),
         "class_names": encode.json_text(list(card.classes)),
@@ -259,15 +308,32 @@ def selftest(folder: Path) -> tuple[list[str], bool]:
 def parser() -> argparse.ArgumentParser:
     """The command line of `python -m vitft.export`."""
     p = argparse.ArgumentParser(
-        prog="vitft export", description="Writes a model for use without vitft, and checks it."
+        prog="vitft export",
+        description="Writes a model for use without vitft, and checks it.",
+        epilog="example: python -m vitft.export runs/flowers_head/latest -o flowers_onnx --uint8",
     )
-    p.add_argument("model", nargs="?", type=Path, metavar="MODEL_OR_RUN")
+    p.add_argument(
+        "model", nargs="?", type=Path, metavar="MODEL", help="run folder or model.safetensors"
+    )
     p.add_argument("-o", "--out", type=Path, metavar="FOLDER", help="where to; appears whole")
     p.add_argument("--format", choices=FORMATS, default="onnx", help="default onnx")
     p.add_argument("--uint8", action="store_true", help="normalise inside the graph")
     p.add_argument("--variants", action="store_true", help="float16 and int8 too, measured")
-    p.add_argument("--images", nargs="+", type=Path, default=[], metavar="IMAGE")
-    p.add_argument("--limit", type=int, default=LIMIT, metavar="N", help="photographs compared")
+    p.add_argument(
+        "--images",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="IMAGE",
+        help="compare on these (default: the run's test photographs)",
+    )
+    p.add_argument(
+        "--limit",
+        type=int,
+        default=LIMIT,
+        metavar="N",
+        help=f"photographs compared, default {LIMIT:,}",
+    )
     p.add_argument("--licence", default="unknown", metavar="ID", help="for the model card")
     p.add_argument("--private", action="store_true", help="no photograph of the run travels")
     p.add_argument("--selftest", type=Path, metavar="FOLDER", help="check an export, and stop")
@@ -308,7 +374,7 @@ def _check(args: argparse.Namespace) -> None:
         faults.append(Fault("export.option", place, text, fix))
 
     if args.model is None:
-        fault("MODEL_OR_RUN", "is missing", "name a run folder or a model")
+        fault("MODEL", "is missing", "name a run folder or a model")
     if args.out is None:
         fault("-o", "is missing", "name the folder to write")
     if args.uint8 and args.format not in GRAPHS:

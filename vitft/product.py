@@ -81,7 +81,9 @@ def fill(
     """Writes the product's files into a folder that the caller has staged; as `save`."""
     architecture = timm_twin(card) if as_timm else card.architecture
     if architecture != card.architecture:  # whose own default may be another size
-        card = replace(card, options=card.options | {"img_size": config.size[0]})
+        height, width = config.size
+        size = height if height == width else [height, width]
+        card = replace(card, options=card.options | {"img_size": size})
     header = {"format": "pt", KEY: text_of(replace(card, architecture=architecture))}
     tensors = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
     io.write_tensors(folder / "model.safetensors", tensors, header)

@@ -81,6 +81,8 @@ class Agreement:
         stored: Largest difference to predictions.csv, or None.
         stored_same: Photographs with the answer of predictions.csv, or None.
         right: Correct answers, or None where labels are not known.
+        lost: Photographs that the model in PyTorch alone has right, or None.
+        gained: Photographs that the file alone has right, or None.
     """
 
     n: int
@@ -91,6 +93,8 @@ class Agreement:
     stored: float | None = None
     stored_same: int | None = None
     right: int | None = None
+    lost: int | None = None
+    gained: int | None = None
 
     @property
     def good(self) -> bool:
@@ -246,10 +250,11 @@ def _agreement(
 ) -> Agreement:
     said = probabilities.argmax(axis=1)
     stored = None if evidence.stored is None else evidence.stored[ours.rows]
-    right = None
+    right = lost = gained = None
     if evidence.labels is not None:
-        names = [evidence.labels[i] for i in ours.rows]
-        right = sum(card.classes[k] == name for k, name in zip(said, names, strict=True))
+        labels = np.array([card.classes.index(evidence.labels[i]) for i in ours.rows])
+        here, there = said == labels, ours.probabilities.argmax(axis=1) == labels
+        right, lost, gained = (int(m.sum()) for m in (here, there & ~here, here & ~there))
     return Agreement(
         n=len(said),
         probability=_largest(probabilities - ours.probabilities),
@@ -259,6 +264,8 @@ def _agreement(
         stored=None if stored is None else _largest(probabilities - stored),
         stored_same=None if stored is None else int((said == stored.argmax(axis=1)).sum()),
         right=right,
+        lost=lost,
+        gained=gained,
     )
 
 

@@ -1,14 +1,14 @@
 """float16 and int8 beside an ONNX file: what they save, what they cost, on real photographs.
 
-Accuracy, agreement and speed are measured here and now, next to the float32 file and PyTorch, and
-written to variants.json; nothing is promised from elsewhere.
+Accuracy, its difference to PyTorch's on the same photographs, agreement and speed are measured here
+and now and written to variants.json; nothing is promised from elsewhere.
 """
 
 import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from vitft.console import warn
 from vitft.graph import Deployed, Runner
 from vitft.inputs import TransformSpec, normalise
 from vitft.proof import Agreement, Evidence
-from vitft.stats import wilson
+from vitft.stats import Interval, paired_interval, wilson
 
 VARIANTS = "variants.json"
 ROUNDS = 5  # of a timing
@@ -45,6 +45,29 @@ class Variant:
     agreement: Agreement
     ms_one: float
     per_second: float
+
+    @property
+    def accuracy(self) -> tuple[float, Interval] | None:
+        """With its Wilson interval; None where labels are not known."""
+        a = self.agreement
+        return None if a.right is None else (a.right / a.n, wilson(a.right, a.n))
+
+    @property
+    def difference(self) -> tuple[float, Interval] | None:
+        """Accuracy minus PyTorch's, photograph by photograph, and its interval."""
+        a = self.agreement
+        if a.lost is None or a.gained is None:
+            return None
+        return (a.gained - a.lost) / a.n, paired_interval(a.lost, a.gained, a.n)
+
+    def record(self) -> dict[str, Any]:
+        """As JSON values."""
+        out = {**asdict(self), "accuracy": None, "difference": None}
+        for name in ("accuracy", "difference"):
+            if found := getattr(self, name):
+                value, bounds = found
+                out[name] = {"value": value, "low": bounds.low, "high": bounds.high}
+        return out
 
 
 def write(
@@ -83,7 +106,8 @@ def write(
         Variant(name, _megabytes(files.get(name)), agreement, *speed)
         for name, agreement, speed in zip(runners, found, speeds, strict=True)
     ]
-    io.write_json(folder / VARIANTS, {"photographs": evidence.what, "variants": rows})
+    told = {"photographs": evidence.what, "threads": torch.get_num_threads()}
+    io.write_json(folder / VARIANTS, told | {"variants": [row.record() for row in rows]})
 
 
 def _megabytes(file: Path | None) -> float | None:
@@ -122,22 +146,23 @@ def table(folder: Path) -> list[str]:
     """variants.json for people."""
     told: Mapping[str, Any] = json.loads((folder / VARIANTS).read_text("utf-8"))
     lines = [
-        f"{'variant':<9} {'MB':>7} {'accuracy':>25} {'alike':>9} {'largest diff':>12} "
-        f"{'ms for 1':>9} {'images/s':>9}"
+        f"{'variant':<9} {'MB':>7} {'accuracy, %':>20} {'minus PyTorch':>20} {'alike':>9} "
+        f"{'largest diff':>12} {'ms for 1':>9} {'images/s':>9}"
     ]
     for row in told["variants"]:
         a = row["agreement"]
         size = "-" if row["megabytes"] is None else f"{row['megabytes']:.1f}"
         lines.append(
-            f"{row['name']:<9} {size:>7} {_accuracy(a):>25} {a['same']:>4}/{a['n']:<4} "
+            f"{row['name']:<9} {size:>7} {_points(row['accuracy']):>20} "
+            f"{_points(row['difference'], '+'):>20} {a['same']:>4}/{a['n']:<4} "
             f"{a['probability']:>12.1e} {row['ms_one']:>9.1f} {row['per_second']:>9.1f}"
         )
     return lines
 
 
-def _accuracy(agreement: Mapping[str, Any]) -> str:
-    right, n = agreement["right"], agreement["n"]
-    if right is None:
+def _points(found: Mapping[str, float] | None, sign: str = "") -> str:
+    """`87.5 [80.4, 92.3]` in percent."""
+    if found is None:
         return "labels not known"
-    bounds = wilson(right, n)
-    return f"{right / n:.1%} [{100 * bounds.low:.1f}, {100 * bounds.high:.1f}]"
+    value, low, high = (100 * found[name] for name in ("value", "low", "high"))
+    return f"{value:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
