@@ -1,5 +1,6 @@
 """The door: every end of a command is an exit code and a text on stderr."""
 
+import argparse
 import ast
 import errno
 import os
@@ -187,6 +188,31 @@ def test_every_module_that_can_be_run_is_a_command_with_one_line_of_help():
         assert about
         assert "\n" not in about
         assert not cli._exists(name) or name in mains(), f"vitft.{name} has no main"
+
+
+@pytest.mark.parametrize("name", sorted(set(cli.COMMANDS) - {"recipe"}))
+def test_every_help_explains_each_word_and_gives_an_example_that_parses(name, capsys, monkeypatch):
+    """Up to the first thing the example names that is not here; argparse would end with 2."""
+    monkeypatch.chdir(PACKAGE.parent)
+    with pytest.raises(SystemExit) as end:
+        cli._dispatch([name, "--help"])
+    assert end.value.code == 0
+    told = " ".join(capsys.readouterr().out.split())
+    words = told.partition(f"example: python -m vitft.{name} ")[2].split()
+    assert words, f"vitft {name} --help ends without an example"
+    parsed = []
+    real = argparse.ArgumentParser.parse_args
+
+    def parse(self, *given):
+        parsed.append((self, real(self, *given)))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    with pytest.raises(KeyboardInterrupt):
+        cli._dispatch([name, *words])
+    ((parser, _),) = parsed
+    silent = [a.option_strings or a.metavar for a in parser._actions if not a.help]
+    assert set(map(str, silent)) <= {"None"}, "words without help"
 
 
 def test_a_command_is_its_module(capsys):

@@ -236,6 +236,23 @@ def test_results_are_written_as_they_come_and_never_held(tmp_path):
     assert [r["path"] for r in rows(out.file)] == names
 
 
+def test_linked_folders_are_entered_once_and_what_is_left_out_is_said(pictures, tmp_path, capsys):
+    top = tmp_path / "top"
+    for folder in ("", ".hidden", "__MACOSX"):
+        (top / folder).mkdir(exist_ok=True)
+        (top / folder / "a.jpg").write_bytes(b"")
+    (top / "notes.txt").write_text("")
+    (top / "linked").symlink_to(pictures, target_is_directory=True)
+    (top / "twice").symlink_to(pictures, target_is_directory=True)
+    (top / "loop").symlink_to(top, target_is_directory=True)
+    found = predict.list_files([top])
+    linked = [str(top / "linked" / p.name) for p in sorted(pictures.iterdir())]
+    assert found == [str(top / "a.jpg"), *linked]
+    told = capsys.readouterr().err
+    assert "1 files are not photographs by name and were left out" in told
+    assert "4 hidden or repeated folders were left out" in told
+
+
 def test_no_file_at_all_gives_the_header_alone(tmp_path):
     out = Output(tmp_path / "x.csv", "csv", ("a", "b"))
     assert answers.write(out, [], lambda files: iter(()), {}) == {}

@@ -41,8 +41,12 @@ def clear() -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints what there is, or removes it."""
-    parser = argparse.ArgumentParser(prog="vitft cache", description="Cached features.")
-    parser.add_argument("what", choices=("info", "clear"))
+    parser = argparse.ArgumentParser(
+        prog="vitft cache",
+        description="Says what the cache of features holds, or empties it.",
+        epilog="example: python -m vitft.cache info",
+    )
+    parser.add_argument("what", choices=("info", "clear"), help="list it, or empty it")
     if parser.parse_args(argv).what == "clear":
         print(f"{clear() / 1e6:,.1f} MB freed")  # noqa: T201
     else:

@@ -1,6 +1,6 @@
 """A model to try out in a browser, on this computer and for nobody else.
 
-    python -m vitft.demo MODEL_OR_RUN [--port 8000]
+    python -m vitft.demo MODEL [--port 8000]
 
 Drop a photograph on the page: it shows the calibrated probabilities, what predict would say about
 doubt, where the network looked, and the training photographs that are most alike.
@@ -282,8 +282,12 @@ class Handler(BaseHTTPRequestHandler):
 
 def parser() -> argparse.ArgumentParser:
     """The command line of `python -m vitft.demo`."""
-    p = argparse.ArgumentParser(prog="vitft demo", description="Tries a model in a browser.")
-    p.add_argument("model", type=Path, metavar="MODEL_OR_RUN")
+    p = argparse.ArgumentParser(
+        prog="vitft demo",
+        description="Tries a model in a browser.",
+        epilog="example: python -m vitft.demo runs/flowers_head/latest",
+    )
+    p.add_argument("model", type=Path, metavar="MODEL", help="run folder or model.safetensors")
     p.add_argument("--port", type=int, default=PORT, help=f"default {PORT}; 0 for any free one")
     p.add_argument("--host", default="127.0.0.1", help="a loopback address; others are refused")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")

@@ -267,10 +267,16 @@ def figure(session: Session, files: Sequence[Path], kind: str) -> Image.Image:
 
 def parser() -> argparse.ArgumentParser:
     """The command line of `python -m vitft.explain`."""
-    p = argparse.ArgumentParser(prog="vitft explain", description="Draws what a model looks at.")
+    p = argparse.ArgumentParser(
+        prog="vitft explain",
+        description="Draws what a model looks at.",
+        epilog="example: python -m vitft.explain runs/flowers_head/latest photo.jpg -o out.png",
+    )
     p.add_argument("model", type=Path, metavar="MODEL", help="run folder or model.safetensors")
-    p.add_argument("inputs", nargs="*", type=Path, metavar="IMAGE")
-    p.add_argument("-o", "--out", type=Path, required=True, metavar="FILE.png")
+    p.add_argument("inputs", nargs="*", type=Path, metavar="IMAGE", help="photographs")
+    p.add_argument(
+        "-o", "--out", type=Path, required=True, metavar="FILE.png", help="the picture to write"
+    )
     p.add_argument("--method", choices=METHODS, help="of the maps (default gradient)")
     p.add_argument("--class", dest="label", metavar="NAME", help="what the gradient asks about")
     p.add_argument("--figure", choices=FIGURES, help="of the model instead of maps")

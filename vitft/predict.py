@@ -210,13 +210,22 @@ def _absent(given: str) -> Fault:
 
 
 def _walk(folder: Path) -> list[str]:
+    """Every photograph below; links are followed, each folder is entered once."""
+
     def refuse(error: OSError) -> None:
         text = f"cannot be listed ({error.strerror})"
         raise DataError.of("data.unreadable_folder", error.filename, text, "allow reading it")
 
-    found, other = [], 0
-    for parent, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = sorted(d for d in folders if not d.startswith((".", "__MACOSX")))
+    found, other, shut, entered = [], 0, 0, set()
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        status = Path(parent).stat()
+        if (status.st_dev, status.st_ino) in entered:  # a loop, or a second link
+            folders[:], shut = [], shut + 1
+            continue
+        entered.add((status.st_dev, status.st_ino))
+        open_ones = sorted(d for d in folders if not d.startswith((".", "__MACOSX")))
+        shut += len(folders) - len(open_ones)
+        folders[:] = open_ones
         for name in sorted(names):
             if name.startswith(".") or not name.lower().endswith(EXTENSIONS):
                 other += 1
@@ -224,6 +233,8 @@ def _walk(folder: Path) -> list[str]:
                 found.append(str(Path(parent) / name))
     if other:
         say(f"{folder}: {other:,} files are not photographs by name and were left out")
+    if shut:
+        say(f"{folder}: {shut:,} hidden or repeated folders were left out")
     return found
 
 
@@ -243,9 +254,15 @@ def doubts(answer: Answer) -> list[str]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line of `python -m vitft.predict`."""
-    p = argparse.ArgumentParser(prog="vitft predict", description="Names what photographs show.")
+    p = argparse.ArgumentParser(
+        prog="vitft predict",
+        description="Names what photographs show.",
+        epilog="example: python -m vitft.predict runs/flowers_head/latest photos/ -o answers.csv",
+    )
     p.add_argument("model", type=Path, metavar="MODEL", help="run folder or model.safetensors")
-    p.add_argument("inputs", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER")
+    p.add_argument(
+        "inputs", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER", help="folders with all below"
+    )
     p.add_argument(
         "-o",
         "--out",
@@ -256,7 +273,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--csv", type=Path, metavar="FILE", help="the same as CSV, whatever its name")
     p.add_argument("--restart", action="store_true", help="do not go on with an interrupted output")
     p.add_argument("--csv-safe", action="store_true", help="disarm text that looks like a formula")
-    p.add_argument("--top", type=int, default=3, metavar="K", help="classes shown (default 3)")
+    p.add_argument(
+        "--top", type=int, default=3, metavar="K", help="classes on each line, default 3"
+    )
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     return p
 

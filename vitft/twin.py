@@ -509,7 +509,9 @@ def _apart(a: Tensor, b: Tensor) -> float:
 def parser() -> argparse.ArgumentParser:
     """The command line of `python -m vitft.weights`."""
     p = argparse.ArgumentParser(
-        prog="vitft weights", description="Says what a weights file is, and which model it fits."
+        prog="vitft weights",
+        description="Says what a weights file is, and which model it fits.",
+        epilog="example: python -m vitft.weights inspect weights.safetensors",
     )
     commands = p.add_subparsers(dest="command", required=True)
     one = commands.add_parser("inspect", help="what it is, and what to build for it")

@@ -169,7 +169,9 @@ def _named(what: str, paths: list[str]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints one line per check; exit code 3 if anything changed."""
     parser = argparse.ArgumentParser(
-        prog="vitft verify", description="Hashes and predicts a finished run again."
+        prog="vitft verify",
+        description="Hashes and predicts a finished run again.",
+        epilog="example: python -m vitft.verify runs/flowers_head/latest",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="a run folder")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
