@@ -201,13 +201,17 @@ def test_every_help_explains_each_word_and_gives_an_example_that_parses(name, ca
     words = told.partition(f"example: python -m vitft.{name} ")[2].split()
     assert words, f"vitft {name} --help ends without an example"
     parsed = []
-    real = argparse.ArgumentParser.parse_args
 
-    def parse(self, *given):
-        parsed.append((self, real(self, *given)))
-        raise KeyboardInterrupt
+    def stopping(real):
+        def parse(self, *given):
+            parsed.append((self, real(self, *given)))
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+        return parse
+
+    for method in ("parse_args", "parse_intermixed_args"):
+        real = getattr(argparse.ArgumentParser, method)
+        monkeypatch.setattr(argparse.ArgumentParser, method, stopping(real))
     with pytest.raises(KeyboardInterrupt):
         cli._dispatch([name, *words])
     ((parser, _),) = parsed

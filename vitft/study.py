@@ -346,6 +346,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="vitft study",
         description="Trains variants over seeds, says which differ.",
+        epilog="example: python -m vitft.study recipes/studies/position.yaml data.root=photos/",
     )
     p.add_argument("study", type=Path, metavar="STUDY", help="recipes/studies/NAME.yaml")
     p.add_argument("overrides", nargs="*", metavar="key=value", help="changes of every arm")
@@ -356,7 +357,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; the answer goes to stdout."""
-    args = parser().parse_args(argv)
+    args = parser().parse_intermixed_args(argv)
     console.setup()
     name = args.study.stem + ("-full" if args.full else "")
     folder = (args.output or Path("runs") / f"study-{name}").absolute()
