@@ -25,10 +25,8 @@ def threads(request):
 def convolutions(monkeypatch):
     """How many linear layers went the other way."""
     calls = []
-    real = kernels._as_convolution
-    monkeypatch.setattr(
-        kernels, "_as_convolution", lambda *a, **k: calls.append(a) or real(*a, **k)
-    )
+    real = kernels._product
+    monkeypatch.setattr(kernels, "_product", lambda *a, **k: calls.append(a) or real(*a, **k))
     return calls
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from vitft import checkpoint
-from vitft.errors import DivergedError, WeightsError
+from vitft import checkpoint, train
+from vitft.errors import DivergedError, RecipeError, WeightsError
 from vitft.inputs import permutation
 from vitft.recipe import TrainSpec
 from vitft.train import Stopped, Trainer, set_train_mode
@@ -17,6 +17,8 @@ N, WIDTH, CLASSES, SIZE = 22, 6, 3, 4
 
 class Rows:
     """Batches of a fixed table, in an order that depends on (seed, epoch) alone."""
+
+    batch_size = SIZE
 
     def __init__(self, seed=0, spoil=None):
         generator = torch.Generator().manual_seed(5)
@@ -225,6 +227,48 @@ def test_layer_decay_reaches_the_learning_rates():
     t = Trainer(net, Images(), spec, seed=0, validate=lambda m: (0.0, 0.0))
     rates = {round(g["lr"] / 1e-3, 4) for g in t.optimizer.param_groups}
     assert rates == {0.125, 0.25, 0.5, 1.0}
+
+
+def test_layer_decay_without_layers_is_refused():
+    with pytest.raises(RecipeError, match="is 0.5, but timm sees no layers in Sequential") as e:
+        trainer(network(), spec={"layer_decay": 0.5})
+    trainer(nn.Linear(WIDTH, CLASSES), spec={"layer_decay": 0.5})  # a head has none, and needs none
+    assert "set train.layer_decay: null" in str(e.value)
+
+
+@pytest.mark.parametrize(("name", "fused"), [("adamw", True), ("momentum", True), ("lion", None)])
+def test_torchs_own_optimizers_run_as_one_kernel(name, fused):
+    t = trainer(network(), spec={"opt": name})
+    assert t.optimizer.defaults.get("fused") is fused
+    t.fit()
+
+
+def test_compiled_code_sees_one_shape_and_is_made_once(monkeypatch):
+    sizes, eager = [], network()
+    trainer(eager).fit()
+
+    def backend(graph, inputs):
+        sizes.append([tuple(t.shape) for t in inputs if t.dim() == 2 and t.shape[1] == WIDTH])
+        return graph.forward
+
+    def compile_task(self, **kwargs):
+        self.trainable_module = torch.compile(self.trainable_module, backend=backend)
+
+    net = network()
+    monkeypatch.setattr(train.ClassificationTask, "compile", compile_task)
+    trainer(net, spec={"compile": True}).fit()
+    assert len(sizes) == 1  # training in the usual shape; 22 rows end in a batch of 2
+    assert (SIZE, WIDTH) in sizes[0]
+    for a, b in zip(net.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(("given", "mode"), [(True, None), ("reduce-overhead", "reduce-overhead")])
+def test_graphs_are_asked_for_by_name(monkeypatch, given, mode):
+    asked = []
+    monkeypatch.setattr(train.ClassificationTask, "compile", lambda self, **k: asked.append(k))
+    trainer(network(), spec={"compile": given})
+    assert asked == [{"mode": mode}]
 
 
 def test_frozen_parts_stay_in_eval_mode():

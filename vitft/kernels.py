@@ -47,7 +47,7 @@ class _FastLinear(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if func is F.linear and self._serves(*args[:2]):
-            return _as_convolution(*args, **(kwargs or {}))
+            return _product(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
     def _serves(self, x: Tensor, weight: Tensor | None = None) -> bool:
@@ -57,6 +57,38 @@ class _FastLinear(TorchFunctionMode):
             and x.numel() > 0
             and x.dtype == weight.dtype == torch.float32
             and not torch.is_autocast_enabled("cpu")
+        )
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear`: [B, ..., D] -> [B, ..., E]."""
+    if torch.is_grad_enabled() and weight.requires_grad:
+        y: Tensor = _Learned.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+        return y
+    return _as_convolution(x, weight, bias)
+
+
+class _Learned(torch.autograd.Function):
+    """A layer that learns: convolutions there and back, but not for the weights.
+
+    Their gradient is one product over all rows of the batch, which oneDNN cuts by pictures: 74
+    GFLOP/s from 768 to 192 channels on a Zen 4 core, where torch's own product runs at 92.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _as_convolution(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        for_x, for_weight, for_bias = ctx.needs_input_grad
+        rows = grad.reshape(-1, grad.shape[-1])  # [N, E]
+        return (
+            _as_convolution(grad, weight.t()) if for_x else None,
+            rows.t() @ x.reshape(-1, x.shape[-1]) if for_weight else None,
+            rows.sum(0) if for_bias else None,
         )
 
 

@@ -399,8 +399,10 @@ class TrainSpec(Section):
     amp: Literal["auto", "bf16", "fp16", "none"] = Field(
         default="auto", description="Mixed precision; `auto`: bf16 where the device has it."
     )
-    compile: Flag | Auto = Field(
-        default="auto", description="torch.compile; `auto`: if it pays off."
+    compile: Flag | Literal["auto", "reduce-overhead"] = Field(
+        default="auto",
+        description="torch.compile; `auto`: if it pays off; `reduce-overhead`: with CUDA graphs, "
+        "for batches so small that the processor cannot launch their kernels fast enough.",
     )
     patience: Count | None = Field(
         default=None, description="Stop after so many epochs without gain."

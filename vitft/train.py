@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from vitft import weights
 from vitft.checkpoint import Snapshot, flatten_optimizer, restore_optimizer, under
 from vitft.console import say, warn
-from vitft.errors import DivergedError, MachineError, VitftError, WeightsError
+from vitft.errors import DivergedError, MachineError, RecipeError, VitftError, WeightsError
 from vitft.inputs import derive_seed
 from vitft.kernels import fast_linear
 from vitft.ranks import ALONE, Ranks
 from vitft.recipe import TrainSpec
 
+FUSED = ("adam", "adamw", "sgd", "nesterov", "momentum")  # torch's own: one kernel for all tensors
 CHECK_EVERY = 25  # steps between looks at the loss on CUDA, where each look stops the queue
 REHEARSED = 2  # updates of several ranks tried alone first: the second one finds the moments there
 
@@ -42,6 +43,8 @@ class Batches(Protocol):
 
     Of several ranks each gets its share of every batch, which may be empty.
     """
+
+    batch_size: int  # of all batches but an epoch's last
 
     def __len__(self) -> int: ...
 
@@ -149,7 +152,8 @@ class Trainer:
             self.task.setup_ema(decay=spec.ema, use_warmup=True)
         self.compiled = _compiles(spec, self.device, self.updates_per_epoch * spec.epochs)
         if self.compiled:
-            self.task.compile()
+            graphs = spec.compile == "reduce-overhead"
+            self.task.compile(mode="reduce-overhead" if graphs else None)
         if ranks.world > 1:
             ids = [self.device.index or 0] if self.device.type == "cuda" else None
             self.task.prepare_distributed(device_ids=ids)
@@ -308,6 +312,8 @@ class Trainer:
             Sum of the losses and number of hits over this rank's photographs, float32 0-d.
         """
         torch.manual_seed(self._step_seed())
+        if self.compiled:
+            torch.compiler.cudagraph_mark_step_begin()  # the last step's tensors may be overwritten
         self.optimizer.zero_grad(set_to_none=True)
         total = self._total([y for _, y, _ in pending], count, alone)
         sums = torch.zeros(2, device=self.device)
@@ -315,7 +321,7 @@ class Trainer:
         for k, (x, y, real) in enumerate(parts):
             waits = k < len(parts) - 1
             with self._no_exchange() if waits else nullcontext():
-                with self._autocast():
+                with self._autocast(), self._stance(len(x)):
                     out = self.task(x, y)
                 share = self._mass(y) * (real * (1 if alone else self.ranks.world)) / total
                 self.scaler.scale(out["loss"] * share).backward()
@@ -359,6 +365,19 @@ class Trainer:
         if self.precision is not None:
             return torch.autocast(self.device.type, self.precision)
         return nullcontext() if self.compiled else fast_linear(self.device)
+
+    def _stance(self, size: int) -> AbstractContextManager[Any]:
+        """Compiled code serves one shape: an epoch's smaller last batch runs without it.
+
+        Else torch would compile once more, and for sizes unknown, which is slower in every step.
+        """
+        if not self.compiled:
+            return nullcontext()
+        share = len(self.ranks.share(self.batches.batch_size, pairs=self.soft))
+        if size == math.ceil(share / self.state.splits):
+            return nullcontext()
+        eager: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+        return eager
 
     # -- what is finite, what is best -----------------------------------------------------------
 
@@ -585,7 +604,14 @@ def _optimizer(net: nn.Module, spec: TrainSpec) -> torch.optim.Optimizer:
         weight_decay=spec.weight_decay,
         momentum=spec.momentum,
         layer_decay=spec.layer_decay,
+        **({"fused": True} if spec.opt in FUSED else {}),
     )
+    scales = {group.get("lr_scale", 1.0) for group in optimizer.param_groups}
+    parts = [m for m in net.modules() if list(m.parameters(recurse=False))]  # a head alone is one
+    if spec.layer_decay not in (None, 1.0) and len(scales) < 2 and len(parts) > 1:
+        text = f"is {spec.layer_decay:g}, but timm sees no layers in {type(net).__name__}"
+        fix = "set train.layer_decay: null, or choose another timm model"
+        raise RecipeError.of("train.layer_decay", "train.layer_decay", text, fix)
     return optimizer
 
 

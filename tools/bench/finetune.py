@@ -1,0 +1,152 @@
+"""Ways to fine-tune against the frozen probe: same photographs, same splits, chosen on val.
+
+    python tools/bench/finetune.py PHOTOS [--per-class N] [--size PX] [--seeds 0 1 2] [--json FILE]
+
+PHOTOS is a folder of class folders. Each seed draws its own split; on each split every way learns
+from the same photographs. The way with the best mean accuracy on val is the one that a recipe
+should use; only its test accuracy is a result. The JSON is written after every run, so that a long
+call may be stopped. `--quick` takes two ways and 20 small photographs per class.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from record import Row, verdict, write
+
+from vitft import evaluate, learn, prepare, recipe
+from vitft.prepare import Prepared
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+SMALL, FULL = "finetune_small_cpu.yaml", "flowers_full.yaml"
+KEPT = ("train.views=1",)
+WHOLE = ("train.blocks=null", "train.layer_decay=0.75")
+WAYS: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> recipe, overrides
+    "probe": ("flowers_probe.yaml", ()),
+    "last 2, lr 1e-4": (SMALL, (*KEPT, "train.lr=1e-4")),
+    "last 2, lr 3e-5": (SMALL, (*KEPT, "train.lr=3e-5")),
+    "last 2, lr 3e-4": (SMALL, (*KEPT, "train.lr=3e-4")),
+    "last 4, lr 1e-4": (SMALL, (*KEPT, "train.blocks=4", "train.lr=1e-4")),
+    "last 6, lr 1e-4": (SMALL, (*KEPT, "train.blocks=6", "train.lr=1e-4")),
+    "last 2, fresh head": (SMALL, (*KEPT, "train.init_head=fresh")),
+    "all, half the patches": (FULL, (*WHOLE, "train.epochs=5", "train.patch_drop=0.5")),
+    "all": (FULL, (*WHOLE, "train.epochs=5")),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("photos", type=Path, metavar="PHOTOS")
+    parser.add_argument("--per-class", type=int, metavar="N", help="photographs; default all")
+    parser.add_argument("--size", type=int, default=224, metavar="PX", help="side; default 224")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", dest="overrides")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    args = parser.parse_args()
+    if args.quick:
+        args.per_class, args.size, args.seeds, args.ways = 20, 56, [0], ["probe", "last 2, lr 1e-4"]
+    runs: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        root = subset(args.photos, args.per_class, Path(folder) / "photos")
+        for seed in args.seeds:
+            for way in args.ways:
+                runs.append(one(way, root, seed, args.size, args.overrides))
+                print(json.dumps(runs[-1]), flush=True)
+                write(args.json, rows_of(runs), quick=args.quick, details={"runs": runs})
+    show(runs)
+    return verdict(rows_of(runs))
+
+
+def subset(photos: Path, per_class: int | None, folder: Path) -> Path:
+    """The first photographs of each class by name, copied into folders of their own."""
+    for kind in sorted(p for p in photos.iterdir() if p.is_dir()):
+        (folder / kind.name).mkdir(parents=True)
+        for photo in sorted(kind.glob("*.jpg"))[:per_class]:
+            shutil.copy(photo, folder / kind.name / photo.name)
+    return folder
+
+
+def one(way: str, root: Path, seed: int, size: int, overrides: list[str]) -> dict[str, Any]:
+    """One way on one split: accuracies in percent, seconds of training with its own validation."""
+    file, own = WAYS[way]
+    common = (
+        f"data.root={root}",
+        f"data.image_size={size}",
+        "model.name=vitflower_s14",
+        "model.weights=bundled",
+        f"seed={seed}",
+    )
+    p = prepare.prepare(recipe.load(RECIPES / file, [*common, *own, *overrides]))
+    started, used = time.perf_counter(), time.process_time()
+    learned = learn.learn(p, learn.Hooks())
+    used, seconds = time.process_time() - used, time.perf_counter() - started
+    return {
+        "way": way,
+        "seed": seed,
+        "val": 100 * learned.best["val_accuracy"],
+        "test": 100 * accuracy(p, p.test_split),
+        "epoch": learned.best.get("epoch"),
+        "seconds": seconds,
+        "cpu_seconds": used,
+        "photographs": [len(p.index.rows(split)) for split in ("train", "val", "test")],
+    }
+
+
+def accuracy(p: Prepared, split: str) -> float:
+    """Of the model as it stands."""
+    return evaluate.accuracy(evaluate.predict(p.net, p.batches(p.photos(split)).epoch(0)))
+
+
+def rows_of(runs: list[dict[str, Any]]) -> list[Row]:
+    """The way that val chose, against the probe on the same splits, in points of test accuracy."""
+    tuned = {r["way"] for r in runs} - {"probe"}
+    common = [s for s in seeds(runs, "probe") if all(s in seeds(runs, way) for way in tuned)]
+    if not tuned or not common:
+        return []
+    chosen = max(tuned, key=lambda way: mean(runs, way, "val", common))
+    gains = [value(runs, chosen, "test", s) - value(runs, "probe", "test", s) for s in common]
+    many = f"over {len(common)} splits of {sum(runs[0]['photographs']):,} photographs"
+    what = f"fine-tuned ({chosen}, as val chose) minus frozen probe, {many}"
+    reached = mean(runs, chosen, "test", common)
+    told = f"{statistics.mean(gains):+.1f} points, to {reached:.1f} %"
+    spread = (min(gains), max(gains))
+    return [Row(what, statistics.mean(gains), "points", spread, goal=0.0, text=told)]
+
+
+def seeds(runs: list[dict[str, Any]], way: str) -> list[int]:
+    """Those a way has run with."""
+    return [r["seed"] for r in runs if r["way"] == way]
+
+
+def value(runs: list[dict[str, Any]], way: str, key: str, seed: int) -> float:
+    """One figure of one run."""
+    return float(next(r[key] for r in runs if r["way"] == way and r["seed"] == seed))
+
+
+def mean(runs: list[dict[str, Any]], way: str, key: str, over: list[int]) -> float:
+    """A way's mean over splits."""
+    return statistics.mean(value(runs, way, key, seed) for seed in over)
+
+
+def show(runs: list[dict[str, Any]]) -> None:
+    """The table: means over each way's own splits."""
+    print(f"{'way':<24} {'splits':>6} {'val %':>7} {'test %':>7} {'seconds':>8} {'CPU s':>7}")
+    for way in dict.fromkeys(r["way"] for r in runs):
+        over = seeds(runs, way)
+        told = [mean(runs, way, key, over) for key in ("val", "test", "seconds", "cpu_seconds")]
+        print(
+            f"{way:<24} {len(over):>6} {told[0]:>7.1f} {told[1]:>7.1f} {told[2]:>8.0f} "
+            f"{told[3]:>7.0f}"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
