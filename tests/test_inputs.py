@@ -24,6 +24,7 @@ from vitft.inputs import (
     TransformSpec,
     augmented,
     derive_seed,
+    epoch_rows,
     erase,
     normalise,
     permutation,
@@ -329,3 +330,23 @@ def test_erasing_happens_as_often_as_asked_and_depends_on_the_seed_alone():
     assert torch.equal(erased(4, 1.0), erased(4, 1.0))
     assert not torch.equal(erased(4, 1.0), erased(5, 1.0))
     assert not erased(4, 0.0).any()
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    counts=st.lists(st.integers(1, 30), min_size=1, max_size=6),
+    seed=st.integers(0, 2**40),
+    epoch=st.integers(0, 50),
+)
+def test_a_balanced_epoch_has_each_class_equally_often_and_each_row_before_any_twice(
+    counts, seed, epoch
+):
+    labels = np.repeat(np.arange(len(counts)), counts)
+    rows = epoch_rows(labels, seed, epoch, balanced=True)
+    assert len(rows) == len(labels)
+    shown = np.bincount(labels[rows], minlength=len(counts))
+    assert shown.max() - shown.min() <= 1
+    for label in range(len(counts)):
+        times = np.bincount(rows[labels[rows] == label], minlength=len(labels))[labels == label]
+        assert times.max() - times.min() <= 1
+    assert np.array_equal(rows, epoch_rows(labels, seed, epoch, balanced=True))

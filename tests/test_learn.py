@@ -6,7 +6,7 @@ from timm.layers.patch_dropout import PatchDropout
 
 from vitft import learn, model, train
 from vitft.errors import RecipeError
-from vitft.prepare import prepare
+from vitft.prepare import class_weight, prepare
 
 PATCHES = 16  # of the tiny photographs: 32 px in patches of 8
 
@@ -56,3 +56,65 @@ def test_patches_can_be_put_back(tiny_recipe):
     assert net.patch_drop.training
     model.drop_patches(net, 0.0)
     assert not isinstance(net.patch_drop, PatchDropout)
+
+
+# --- the loop's other keys, on whole models ---
+
+
+def weights_after(p):
+    learn.learn(p, learn.Hooks())
+    return {name: tensor.clone() for name, tensor in p.net.state_dict().items()}
+
+
+def test_gradient_checkpointing_changes_no_weight(tiny_recipe):
+    plain = weights_after(prepare(tiny_recipe("full")))
+    p = prepare(tiny_recipe("full", "train.grad_checkpointing=true"))
+    again = weights_after(p)
+    assert p.net.grad_checkpointing
+    for name, tensor in plain.items():
+        torch.testing.assert_close(again[name], tensor, atol=1e-3, rtol=1e-3, msg=name)
+
+
+def test_a_run_may_start_from_the_probes_head_or_from_zero(tiny_recipe):
+    still = ("train.lr=1e-12", "train.weight_decay=0", "train.epochs=1")
+    solved = prepare(tiny_recipe("probe", "train.epochs=1"))
+    learn.learn(solved, learn.Hooks())
+    probed = prepare(tiny_recipe("full", "train.init_head=probe", *still))
+    learn.learn(probed, learn.Hooks())
+    torch.testing.assert_close(probed.net.head.weight, solved.net.head.weight, atol=1e-6, rtol=0)
+    empty = prepare(tiny_recipe("full", "train.init_head=zero", *still))
+    learn.learn(empty, learn.Hooks())
+    assert float(empty.net.head.weight.detach().abs().max()) < 1e-9
+
+
+def test_rare_classes_weigh_more_when_they_are_told_to(tiny_recipe, tiny_photos):
+    for file in sorted((tiny_photos / "red").iterdir())[10:]:
+        file.unlink()
+    p = prepare(tiny_recipe("full", "train.class_weights=balanced"))
+    blue, green, red = class_weight(p).tolist()
+    counts = p.index.labels[p.index.rows("train")]
+    assert blue == green
+    assert red / blue == pytest.approx((counts == 0).sum() / (counts == 2).sum())
+
+
+@pytest.mark.parametrize(
+    "override", [["head"], ["full"], ["full", "train.blocks=1", "train.views=1"]]
+)
+def test_balanced_sampling_shows_every_class_equally_often(tiny_recipe, tiny_photos, override):
+    for file in sorted((tiny_photos / "red").iterdir())[6:]:
+        file.unlink()
+    mode, *options = override
+    p = prepare(tiny_recipe(mode, "train.sampling=balanced", "train.epochs=1", *options))
+    seen = []
+    real = train.Trainer._update
+
+    def update(self, pending, *args):
+        seen.extend(int(y) for _, labels, _ in pending for y in labels)
+        return real(self, pending, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Trainer, "_update", update)
+        learn.learn(p, learn.Hooks())
+    counts = [seen.count(label) for label in range(3)]
+    assert sum(counts) == len(p.index.rows("train"))
+    assert max(counts) - min(counts) <= 1

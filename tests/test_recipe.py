@@ -239,6 +239,12 @@ CONFLICTS = [
     ("mode: head\ntrain: {blocks: 2}", "train.blocks: 2", "mode: head", "frozen"),
     ("mode: probe\ntrain: {layer_decay: 0.7}", "train.layer_decay: 0.7", "mode: probe", "frozen"),
     ("mode: head\nmodel: {drop_path_rate: 0.1}", "model.drop_path_rate: 0.1", "mode", "frozen"),
+    (
+        "train: {sampling: balanced, class_weights: balanced}",
+        "train.sampling: balanced",
+        "train.class_weights: balanced",
+        "twice",
+    ),
     ("mode: ladder\ntrain: {patch_drop: 0.5}", "train.patch_drop", "mode: ladder", "frozen"),
     ("train: {mixup: 0.2}", "train.mixup: 0.2", "head.views: 4", "cached features"),
     ("head: {views: 1}\ntrain: {reprob: 0.2}", "train.reprob: 0.2", "head.views: 1", "plain"),
@@ -502,7 +508,7 @@ train.layer_decay train.sched train.min_lr_ratio train.warmup_epochs train.label
 train.mixup train.cutmix train.augment train.reprob train.ema train.clip_grad train.accumulate
 train.blocks train.views train.activations_gb train.pictures_gb train.tune train.lora_rank
 train.lora_alpha train.lora_on train.init_head train.workers train.amp
-train.compile train.patience train.class_weights train.grad_checkpointing
+train.compile train.patience train.class_weights train.sampling train.grad_checkpointing
 train.patch_drop train.checkpoint_minutes
 probe.kind probe.strengths probe.refit probe.tol probe.max_iter
 ladder.steps ladder.stop
@@ -600,7 +606,7 @@ def recipes(draw) -> schema.Recipe:
     train = schema.TrainSpec(
         lr=draw(st.floats(0, 1e9, exclude_min=True)),
         batch_size=draw(st.just("auto") | st.integers(1, 999)),
-        compile=draw(st.sampled_from(["auto", True, False])),
+        compile=draw(st.sampled_from(["auto", "reduce-overhead", True, False])),
         ema=draw(st.none() | st.floats(0.1, 0.9)),
     )
     return schema.Recipe(name="x", seed=draw(st.integers(0, 2**63 - 1)), data=data, model=model,

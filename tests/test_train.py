@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitft import checkpoint, train
 from vitft.errors import DivergedError, RecipeError, WeightsError
@@ -322,3 +323,72 @@ def test_a_checkpoint_from_a_newer_format_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "FORMAT", 1)
     with pytest.raises(WeightsError, match=r"ckpt.newer.*format 2, this vitft reads up to 1"):
         checkpoint.load(kept[-1], identity={})
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often a number is read from a tensor, which on CUDA waits for the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def reads(steps, **kwargs):
+    rows = Rows()
+    rows.x, rows.y = rows.x.repeat(steps, 1), rows.y.repeat(steps)
+
+    class Long(Rows):
+        def __len__(self):
+            return steps
+
+        def epoch(self, epoch, start=0):
+            for _ in range(start, steps):
+                yield rows.x[:SIZE], rows.y[:SIZE], torch.arange(SIZE)
+
+    t = trainer(network(), Long(), spec={"epochs": 1}, **kwargs)
+    t.queues = True  # as on CUDA
+    with Reads() as counted:
+        t.fit()
+    return counted.count
+
+
+def test_on_cuda_no_step_waits_for_the_device():
+    few, many, more = reads(4), reads(20), reads(30)
+    assert few == many  # of the epoch's end alone
+    assert more == many + 1  # one look in 25 steps whether the loss is finite
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda_torch_itself_sees_no_step_that_waits():
+    device = torch.device("cuda")
+    rows = Rows()
+    rows.x, rows.y = rows.x.to(device), rows.y.to(device)
+    net = network().to(device)
+    t = trainer(net, rows, spec={"amp": "bf16", "compile": False})
+    batches = [(rows.x[:SIZE], rows.y[:SIZE], torch.arange(SIZE))]
+    t._update(batches, SIZE)  # the first one allocates
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            t._update(batches, SIZE)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("amp", ["bf16", "none"])
+def test_half_precision_is_what_the_layers_compute_in(amp):
+    seen, net = set(), network()
+    net[0].register_forward_hook(lambda module, args, out: seen.add((module.training, out.dtype)))
+    trainer(net, spec={"amp": amp}).fit()
+    assert (True, torch.bfloat16 if amp == "bf16" else torch.float32) in seen
+    assert all(p.dtype == torch.float32 for p in net.parameters())
+
+
+def test_the_better_of_average_and_plain_weights_is_kept():
+    for winner in ("plain", "ema"):
+        net, t = network(), None
+        t = trainer(net)
+        t.validate = lambda m, t=t, w=winner: (0.9 if (m is t.net) == (w == "plain") else 0.5, 1.0)
+        assert t.fit().weights == winner

@@ -116,8 +116,9 @@ class Tokens(Views):
         seed: int,
         device: torch.device,
         ranks: Ranks = ALONE,
+        balanced: bool = False,
     ) -> None:
-        self.ranks = ranks
+        self.ranks, self.balanced = ranks, balanced
         self.kept, self.views = kept, kept.views
         self.y = torch.as_tensor(kept.photos.labels, device=device)
         self.batch_size, self.seed, self.files = batch_size, seed, kept.photos.files
@@ -203,7 +204,15 @@ def check_budget(p: Prepared, views: int) -> None:
 def batches(p: Prepared, kept: Kept) -> Tokens:
     """The training batches."""
     size = batch_size(p.recipe.train, p.device)
-    return Tokens(kept, batch_size=size, seed=p.recipe.seed, device=p.device, ranks=p.ranks)
+    balanced = p.recipe.train.sampling == "balanced"
+    return Tokens(
+        kept,
+        batch_size=size,
+        seed=p.recipe.seed,
+        device=p.device,
+        ranks=p.ranks,
+        balanced=balanced,
+    )
 
 
 @torch.inference_mode()

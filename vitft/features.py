@@ -22,7 +22,7 @@ from vitft import pace
 from vitft.console import say, track
 from vitft.errors import VitftError
 from vitft.evaluate import fixed_batch, in_fixed_shape
-from vitft.inputs import derive_seed, permutation
+from vitft.inputs import derive_seed, epoch_rows
 from vitft.loaders import Batches, Photos, worker_count
 from vitft.ranks import ALONE, Ranks
 from vitft.store import Key, Space, make_key
@@ -284,6 +284,7 @@ class Views:
         device: Where the batches go; the whole table is kept there.
         names: Rows -> files, for error texts.
         ranks: Each gets its share of every batch.
+        balanced: Every class equally often in an epoch.
     """
 
     def __init__(
@@ -295,8 +296,9 @@ class Views:
         device: torch.device,
         names: Sequence[Path],
         ranks: Ranks = ALONE,
+        balanced: bool = False,
     ) -> None:
-        self.ranks = ranks
+        self.ranks, self.balanced = ranks, balanced
         self.x = torch.as_tensor(cached.x).to(device)  # [V, N, D]
         self.y = torch.as_tensor(cached.y).to(device)
         self.views = len(self.x)
@@ -307,12 +309,13 @@ class Views:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """The batches of one epoch from the `start`-th on: x [B, D], y [B], rows [B]."""
-        n, device = len(self.y), self.y.device
-        order = torch.as_tensor(permutation(n, self.seed, epoch), device=device)
+        device, labels = self.y.device, self.y.cpu().numpy()
+        rows = epoch_rows(labels, self.seed, epoch, balanced=self.balanced)
+        order = torch.as_tensor(rows, device=device)
         drawn = self.drawn(epoch).to(device)
         for batch in torch.split(order, self.batch_size)[start:]:
-            rows = batch[self.ranks.share(len(batch))] if self.ranks.world > 1 else batch
-            yield self.take(drawn[rows], rows), self.y[rows], rows
+            own = batch[self.ranks.share(len(batch))] if self.ranks.world > 1 else batch
+            yield self.take(drawn[own], own), self.y[own], own
 
     def drawn(self, epoch: int) -> Tensor:
         """The view of each photograph in this epoch, int64 [N]."""

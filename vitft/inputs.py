@@ -296,6 +296,32 @@ def permutation(n: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return generator.permutation(n).astype(np.int64)
 
 
+def epoch_rows(
+    labels: NDArray[np.int64], seed: int, epoch: int, *, balanced: bool = False
+) -> NDArray[np.int64]:
+    """The rows of an epoch in their order, [n]; a pure function of its arguments.
+
+    Args:
+        labels: int [n].
+        seed: Of the run.
+        epoch: From 0.
+        balanced: Every class equally often (to one photograph), whatever its size: rows of small
+            classes come again and again, of large ones some stay away until a later epoch.
+    """
+    if not balanced:
+        return permutation(len(labels), seed, epoch)
+    draw = np.random.Generator(np.random.PCG64(derive_seed(seed, "balanced", epoch)))
+    present = draw.permutation(np.unique(labels))
+    shares = np.full(len(present), len(labels) // len(present))
+    shares[: len(labels) % len(present)] += 1
+    drawn = []
+    for label, share in zip(present, shares, strict=True):
+        own = np.flatnonzero(labels == label)
+        rounds = [draw.permutation(own) for _ in range(math.ceil(share / len(own)))]
+        drawn.append(np.concatenate([own[:0], *rounds])[:share])
+    return draw.permutation(np.concatenate(drawn)).astype(np.int64)
+
+
 @cache
 def _scratch() -> np.random.MT19937:
     """The generator that numpy's global functions draw from while they are lent a seed."""
@@ -345,5 +371,8 @@ def erase(image: Tensor, probability: float, seed: int) -> None:
             top, left = draw.randint(0, height - h), draw.randint(0, width - w)
             generator = torch.Generator().manual_seed(seed)
             noise = torch.randn((channels, h, w), generator=generator)
-            image[:, top : top + h, left : left + w] = noise.to(image.device)
+            if image.device.type == "cuda":  # else the copy would make the host wait
+                noise = noise.pin_memory()
+            there = noise.to(image.device, non_blocking=True)
+            image[:, top : top + h, left : left + w] = there
             return

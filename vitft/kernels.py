@@ -63,7 +63,7 @@ class _FastLinear(TorchFunctionMode):
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`: [B, ..., D] -> [B, ..., E]."""
     if torch.is_grad_enabled() and weight.requires_grad:
-        y: Tensor = _Learned.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+        y: Tensor = _Learned.apply(x, weight, bias)
         return y
     return _as_convolution(x, weight, bias)
 
@@ -81,7 +81,7 @@ class _Learned(torch.autograd.Function):
         return _as_convolution(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         for_x, for_weight, for_bias = ctx.needs_input_grad
         rows = grad.reshape(-1, grad.shape[-1])  # [N, E]

@@ -181,6 +181,7 @@ def _view_batches(p: Prepared, cached: Features, seed: int) -> features.Views:
         seed=seed,
         device=p.device,
         names=p.photos("train").files,
+        balanced=p.recipe.train.sampling == "balanced",
     )
 
 

@@ -39,9 +39,9 @@ from vitft.inputs import (
     Transform,
     TransformSpec,
     derive_seed,
+    epoch_rows,
     erase,
     normalise,
-    permutation,
     seeded,
 )
 from vitft.pictures import Pictures
@@ -182,6 +182,7 @@ class Batches:
         batch_size: Images per step; the last step may have fewer.
         seed: Of the run; orders and mixes.
         shuffle: A new order each epoch, or that of the rows.
+        balanced: With `shuffle`: every class equally often in an epoch.
         device: Where batches go.
         workers: Processes that decode, 0 for this one, or `auto`.
         mixup: Alpha of the beta distribution; 0 is off.
@@ -211,9 +212,11 @@ class Batches:
         drop_last: bool = False,
         timeout: float = TIMEOUT,
         ranks: Ranks = ALONE,
+        balanced: bool = False,
     ) -> None:
         self.photos, self.batch_size, self.seed = photos, batch_size, seed
         self.shuffle, self.device, self.drop_last = shuffle, device, drop_last
+        self.balanced = balanced
         self.transform = photos.transform
         self.workers = worker_count(workers, device, ranks.here)
         self.timeout = timeout
@@ -250,7 +253,7 @@ class Batches:
 
         Yields:
             x float32 [B, 3, S, S] normalised, y int64 [B] (float32 [B, C] where mixed), rows
-            int64 [B]; all on the device.
+            int64 [B]; x and y on the device, rows on the host, where they are read.
 
         Raises:
             DataError: The file named cannot be used any more.
@@ -275,7 +278,9 @@ class Batches:
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
         n = len(self.photos)
-        return permutation(n, self.seed, epoch) if self.shuffle else np.arange(n, dtype=np.int64)
+        if not self.shuffle:
+            return np.arange(n, dtype=np.int64)
+        return epoch_rows(self.photos.labels, self.seed, epoch, balanced=self.balanced)
 
     # -- from the workers --
 
@@ -434,15 +439,15 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream | None:
 
 
 def _moved(batch: Batch, device: torch.device) -> Batch:
-    x, y, rows = (part.to(device, non_blocking=True) for part in batch)
-    return x, y, rows
+    x, y, rows = batch
+    return x.to(device, non_blocking=True), y.to(device, non_blocking=True), rows
 
 
 def _handed_over(batch: Batch, side: torch.cuda.Stream, device: torch.device) -> Batch:
     """Makes the consumer's stream wait for the copy, and the memory wait for the consumer."""
     current = torch.cuda.current_stream(device)
     current.wait_stream(side)
-    for part in batch:
+    for part in batch[:2]:
         part.record_stream(current)
     return batch
 

@@ -110,6 +110,7 @@ class Prepared:
             mixup=spec.mixup if train else 0.0,
             cutmix=spec.cutmix if train else 0.0,
             classes=len(self.index.classes),
+            balanced=train and spec.sampling == "balanced",
             ranks=self.ranks if train else Ranks(here=self.ranks.here),
         )
 

@@ -592,6 +592,9 @@ def _splits(r: Recipe) -> Iterator[Clash]:
 
 def _others(r: Recipe) -> Iterator[Clash]:
     t, options, size = r.train, r.model.options, r.data.image_size
+    if t.sampling == t.class_weights == "balanced":
+        why = "rare classes would count twice over"
+        yield "train.sampling", "train.class_weights", why, "keep one of the two"
     if t.warmup_epochs > t.epochs:
         fix = "let the warm-up be shorter than the run"
         yield "train.warmup_epochs", "train.epochs", "the peak rate would never come", fix

@@ -410,6 +410,10 @@ class TrainSpec(Section):
     class_weights: Literal["none", "balanced"] = Field(
         default="none", description="Weight of rare classes in the loss."
     )
+    sampling: Literal["natural", "balanced"] = Field(
+        default="natural",
+        description="Photographs of an epoch: each once, or every class equally often.",
+    )
     grad_checkpointing: Flag = Field(
         default=False, description="Less memory for more time (mode full)."
     )

@@ -160,6 +160,7 @@ class Trainer:
         self.rehearsals = REHEARSED if ranks.world > 1 else 0
         self.precision = _precision(spec, self.device)
         self.scaler = torch.amp.GradScaler(enabled=self.precision is torch.float16)
+        self.queues = self.device.type == "cuda"  # reading a number there would stop the queue
         self.state = _State()
 
     # -- the story ------------------------------------------------------------------------------
@@ -268,8 +269,8 @@ class Trainer:
                     raise _late_no_memory(self.device) from None
                 self._halve(pending)
         s, sums = self.state, self.ranks.sum(torch.stack([own, hits]))
-        loss_sum, right = sums.unbind() if self.device.type == "cuda" else sums.tolist()
-        if self.device.type != "cuda" or (s.step + 1) % CHECK_EVERY == 0:
+        loss_sum, right = sums.unbind() if self.queues else sums.tolist()
+        if not self.queues or (s.step + 1) % CHECK_EVERY == 0:
             self._raise_if_not_finite(loss_sum, own, pending)
         self._step()
         s.loss_sum, s.hits, s.seen = s.loss_sum + loss_sum, s.hits + right, s.seen + count
@@ -313,7 +314,7 @@ class Trainer:
         """
         torch.manual_seed(self._step_seed())
         if self.compiled:
-            torch.compiler.cudagraph_mark_step_begin()  # the last step's tensors may be overwritten
+            _begin_step()
         self.optimizer.zero_grad(set_to_none=True)
         total = self._total([y for _, y, _ in pending], count, alone)
         sums = torch.zeros(2, device=self.device)
@@ -364,7 +365,9 @@ class Trainer:
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.precision is not None:
             return torch.autocast(self.device.type, self.precision)
-        return nullcontext() if self.compiled else fast_linear(self.device)
+        # gradient checkpointing computes again in the backward pass, where no mode reaches it
+        plain = self.compiled or self.spec.grad_checkpointing
+        return nullcontext() if plain else fast_linear(self.device)
 
     def _stance(self, size: int) -> AbstractContextManager[Any]:
         """Compiled code serves one shape: an epoch's smaller last batch runs without it.
@@ -559,6 +562,11 @@ def _largest(pending: list[Batch]) -> int:
     return max(len(x) for x, _, _ in pending)
 
 
+def _begin_step() -> None:
+    """Tells CUDA graphs that the tensors of the last step may be overwritten."""
+    torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+
+
 def _parts(x: Tensor, y: Tensor, splits: int) -> Iterator[tuple[Tensor, Tensor, int]]:
     """A batch in parts, each with the factor 1; a blank image with 0 where a rank's share is empty.
 
@@ -597,6 +605,7 @@ def _gpu_memory(device: torch.device) -> tuple[int, int, int]:
 
 
 def _optimizer(net: nn.Module, spec: TrainSpec) -> torch.optim.Optimizer:
+    own: dict[str, Any] = {"fused": True} if spec.opt in FUSED else {}
     optimizer: torch.optim.Optimizer = create_optimizer_v2(
         net,
         opt=spec.opt,
@@ -604,7 +613,7 @@ def _optimizer(net: nn.Module, spec: TrainSpec) -> torch.optim.Optimizer:
         weight_decay=spec.weight_decay,
         momentum=spec.momentum,
         layer_decay=spec.layer_decay,
-        **({"fused": True} if spec.opt in FUSED else {}),
+        **own,
     )
     scales = {group.get("lr_scale", 1.0) for group in optimizer.param_groups}
     parts = [m for m in net.modules() if list(m.parameters(recurse=False))]  # a head alone is one

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import timm
 import torch
-from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.optim._optim_factory import create_optimizer_v2, optimizer_kwargs
 from timm.task import ClassificationTask
 from torch import Tensor, nn
 
@@ -76,7 +76,7 @@ class Synthetic:
 class Ours:
     """vitft's loop; each round is one more epoch of the same run."""
 
-    def __init__(self, net: nn.Module, batches: Any, *, compile: Any = False, amp: str = "none"):
+    def __init__(self, net: nn.Module, batches: Any, *, compile: Any = False, amp: Any = "none"):
         spec = TrainSpec(
             epochs=1,
             opt="adamw",
@@ -124,7 +124,7 @@ class Timm:
         given = (
             {"opt": "adamw", "lr": RATE, "weight_decay": DECAY}
             if self.args is None
-            else optimizer_kwargs(cfg=self.args)
+            else optimizer_kwargs(cfg=self.args)  # type: ignore[no-untyped-call]
         )
         self.optimizer = create_optimizer_v2(net, **given)
         if compile:
@@ -214,7 +214,11 @@ def nets(name: str, side: int, device: torch.device, *, drop: float = 0.0) -> li
     theirs = timm.create_model(PAIRS[name], num_classes=CLASSES, img_size=side)
     made = [ours, theirs]
     if drop:
-        keywords = {"num_classes": CLASSES, "img_size": side, "patch_drop_rate": drop}
+        keywords: dict[str, Any] = {
+            "num_classes": CLASSES,
+            "img_size": side,
+            "patch_drop_rate": drop,
+        }
         made.append(timm.create_model(name, **keywords))
     for net in made[1:]:
         net.load_state_dict(ours.state_dict())

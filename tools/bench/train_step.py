@@ -29,7 +29,8 @@ from typing import Any
 import torch
 from record import Row, verdict, write
 from steps import Ours, Synthetic, Timm, gap, nets, script, told
-from timm.data import ImageDataset, create_loader
+from timm.data.dataset import ImageDataset
+from timm.data.loader import create_loader
 
 from vitft import prepare, recipe
 
@@ -167,7 +168,7 @@ def loaders(
         ready = Synthetic(case.steps, case.batch, side, device)
         return ready, ready, (case.steps * case.batch,) * 2
     theirs = create_loader(
-        ImageDataset(str(args.photos)),
+        ImageDataset(str(args.photos)),  # type: ignore[no-untyped-call]
         input_size=(3, side, side),
         batch_size=case.batch,
         is_training=True,
