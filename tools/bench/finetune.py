@@ -5,7 +5,8 @@
 PHOTOS is a folder of class folders. Each seed draws its own split; on each split every way learns
 from the same photographs. The way with the best mean accuracy on val is the one that a recipe
 should use; only its test accuracy is a result. The JSON is written after every run, so that a long
-call may be stopped. `--quick` takes two ways and 20 small photographs per class.
+call may be stopped, and go on with `--add`. `--quick` takes two ways and 20 small photographs
+per class.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from vitft.prepare import Prepared
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL, FULL = "finetune_small_cpu.yaml", "flowers_full.yaml"
 KEPT = ("train.views=1",)
-WHOLE = ("train.blocks=null", "train.layer_decay=0.75")
+WHOLE = ("train.layer_decay=0.75",)
 WAYS: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> recipe, overrides
     "probe": ("flowers_probe.yaml", ()),
     "last 2, lr 1e-4": (SMALL, (*KEPT, "train.lr=1e-4")),
@@ -48,19 +49,31 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", dest="overrides")
+    parser.add_argument(
+        "--add",
+        type=Path,
+        nargs="*",
+        default=[],
+        metavar="FILE",
+        help="JSON of earlier calls, whose runs are not repeated",
+    )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     if args.quick:
         args.per_class, args.size, args.seeds, args.ways = 20, 56, [0], ["probe", "last 2, lr 1e-4"]
-    runs: list[dict[str, Any]] = []
+    records = [json.loads(file.read_text("utf-8")) for file in args.add]
+    runs: list[dict[str, Any]] = [run for record in records for run in record["details"]["runs"]]
     with tempfile.TemporaryDirectory() as folder:
         root = subset(args.photos, args.per_class, Path(folder) / "photos")
         for seed in args.seeds:
             for way in args.ways:
+                if seed in seeds(runs, way):
+                    continue
                 runs.append(one(way, root, seed, args.size, args.overrides))
                 print(json.dumps(runs[-1]), flush=True)
                 write(args.json, rows_of(runs), quick=args.quick, details={"runs": runs})
+    write(args.json, rows_of(runs), quick=args.quick, details={"runs": runs})
     show(runs)
     return verdict(rows_of(runs))
 
@@ -96,6 +109,7 @@ def one(way: str, root: Path, seed: int, size: int, overrides: list[str]) -> dic
         "epoch": learned.best.get("epoch"),
         "seconds": seconds,
         "cpu_seconds": used,
+        "size": size,
         "photographs": [len(p.index.rows(split)) for split in ("train", "val", "test")],
     }
 
@@ -106,19 +120,30 @@ def accuracy(p: Prepared, split: str) -> float:
 
 
 def rows_of(runs: list[dict[str, Any]]) -> list[Row]:
-    """The way that val chose, against the probe on the same splits, in points of test accuracy."""
-    tuned = {r["way"] for r in runs} - {"probe"}
-    common = [s for s in seeds(runs, "probe") if all(s in seeds(runs, way) for way in tuned)]
-    if not tuned or not common:
+    """The way that val chose, against the probe on the same splits, in points of accuracy."""
+    tuned = [w for w in dict.fromkeys(r["way"] for r in runs) if w != "probe" and shared(runs, w)]
+    if not tuned:
         return []
-    chosen = max(tuned, key=lambda way: mean(runs, way, "val", common))
-    gains = [value(runs, chosen, "test", s) - value(runs, "probe", "test", s) for s in common]
-    many = f"over {len(common)} splits of {sum(runs[0]['photographs']):,} photographs"
-    what = f"fine-tuned ({chosen}, as val chose) minus frozen probe, {many}"
-    reached = mean(runs, chosen, "test", common)
-    told = f"{statistics.mean(gains):+.1f} points, to {reached:.1f} %"
-    spread = (min(gains), max(gains))
-    return [Row(what, statistics.mean(gains), "points", spread, goal=0.0, text=told)]
+    chosen = max(tuned, key=lambda way: statistics.mean(gains(runs, way, "val")))
+    over = shared(runs, chosen)
+    many = f"over {len(over)} splits of {sum(runs[0]['photographs']):,} photographs, "
+    many += f"{runs[0]['size']} px"
+    what = f"fine-tuned ({chosen}, as val chose) minus frozen probe on test, {many}"
+    found = gains(runs, chosen, "test")
+    reached = mean(runs, chosen, "test", over)
+    told = f"{statistics.mean(found):+.1f} points, to {reached:.1f} %"
+    spread = (min(found), max(found))
+    return [Row(what, statistics.mean(found), "points", spread, goal=0.0, text=told)]
+
+
+def shared(runs: list[dict[str, Any]], way: str) -> list[int]:
+    """Seeds that the probe has run with, too."""
+    return [seed for seed in seeds(runs, way) if seed in seeds(runs, "probe")]
+
+
+def gains(runs: list[dict[str, Any]], way: str, key: str) -> list[float]:
+    """Over the probe, split by split."""
+    return [value(runs, way, key, s) - value(runs, "probe", key, s) for s in shared(runs, way)]
 
 
 def seeds(runs: list[dict[str, Any]], way: str) -> list[int]:
