@@ -327,12 +327,34 @@ def _sentence(scores: Scores, split: str, folder: Path) -> str:
 # -- the command line -----------------------------------------------------------------------------
 
 
+EPILOG = """example:
+  python -m vitft.run recipes/flowers_head.yaml data.root=photos/ seed=1
+
+several GPUs of one machine, and several machines under Slurm (one torchrun on each):
+  torchrun --standalone --nproc-per-node 4 -m vitft.run RECIPE
+
+  #SBATCH --nodes=2 --ntasks-per-node=1 --gpus-per-node=4 --signal=TERM@120
+  host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  srun torchrun --nnodes 2 --nproc-per-node 4 --rdzv-id "$SLURM_JOB_ID" \\
+    --rdzv-backend c10d --rdzv-endpoint "$host:29500" -m vitft.run RECIPE
+
+  train.batch_size is that of all processes together, so a recipe gives the same result on any
+  number of them, but for rounding, and for dropout and drop path, which draw per process.
+  Photographs, weights and output lie on disks that all machines see; so should the cache
+  (VITFT_CACHE), or each machine computes features of its own. Batch normalisation is joined over
+  processes (CUDA only). Probes, heads on kept features and ladders share the features; the rest
+  is the first process's. A signal to torchrun saves a checkpoint, for which it gives 30 s; start
+  again with --resume auto. torchrun itself ends with 1, whatever its processes end with.
+"""
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line of `python -m vitft.run`."""
     p = argparse.ArgumentParser(
         prog="vitft run",
         description="Trains a classifier as a recipe says, and reports how good it is.",
-        epilog="example: python -m vitft.run recipes/flowers_head.yaml data.root=photos/ seed=1",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML recipe")
     p.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the recipe")
