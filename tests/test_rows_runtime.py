@@ -417,6 +417,8 @@ def test_X12_a_run_that_diverges_names_files_rate_and_gradients_and_keeps_finite
         tensors = load_file(path / "state.safetensors")
         assert all(bool(torch.isfinite(t).all()) for k, t in tensors.items() if "model/" in k)
     assert not (folder / "model").exists()
+    kept = any((folder / "checkpoints").glob("step-*"))
+    assert ("last good checkpoint: " if kept else "no checkpoint was written yet") in err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")

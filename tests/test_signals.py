@@ -120,7 +120,7 @@ def test_X26_a_reader_that_has_gone_costs_the_last_line_and_nothing_else(runs, u
 KINDS = {
     "all parameters": [],
     "kept activations": ["train.mixup=0", "train.blocks=1", "train.views=2"],
-    "skewed classes": ["train.mixup=0", "train.class_weights=balanced", "train.accumulate=2"],
+    "balanced sampling": ["train.sampling=balanced", "train.accumulate=2"],
 }
 
 

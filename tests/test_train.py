@@ -191,6 +191,19 @@ def test_X12_a_loss_that_is_not_finite_stops_before_the_weights_are_touched():
     assert not saved
 
 
+def test_X12_where_losses_are_read_late_the_first_bad_step_is_named():
+    """As on CUDA, where a look stops the queue: here the epoch ends before one is due."""
+    net, rows = network(), Rows(spoil=9)
+    step = next(k for k, (_, _, own) in enumerate(rows.epoch(0), 1) if 9 in own)
+    assert step < len(rows)
+    saved = []
+    t = trainer(net, rows, spec={"ema": None}, save=saved.append)
+    t.queues = True
+    with pytest.raises(DivergedError, match=rf"epoch 1, step {step}: loss nan .*photo_9.jpg"):
+        t.fit()
+    assert not saved
+
+
 def test_X12_nan_validation_never_ranks_as_best():
     net, rows = network(), Rows()
     truth = on(rows)

@@ -170,6 +170,16 @@ def _other_machine(folder: Path, now: dict[str, Any]) -> Iterator[str]:
         yield "env.json does not say on what machine it began"
 
 
+def last_good(folder: Path) -> str:
+    """One line for who trained away from the finite numbers."""
+    newest = checkpoint.newest(folder / CHECKPOINTS)
+    if newest is None:
+        return "no checkpoint was written yet, and nothing that is not finite was saved"
+    words = ("python", "-m", "vitft.run", folder / "recipe.resolved.yaml", "train.lr=...")
+    command = shlex.join(map(str, (*words, "--resume", folder, "--resume-anyway")))
+    return f"last good checkpoint: {newest}; go on from it with {command}"
+
+
 def how_to_go_on(folder: Path) -> str:
     """One line for who stopped a run."""
     if checkpoint.newest(folder / CHECKPOINTS) is None:

@@ -40,7 +40,7 @@ from vitft import (
 from vitft.card import Card
 from vitft.checkpoint import Snapshot
 from vitft.console import say
-from vitft.errors import RecipeError
+from vitft.errors import DivergedError, RecipeError
 from vitft.evaluate import Predictions, Scores
 from vitft.findings import Findings
 from vitft.ladder import climb
@@ -230,6 +230,9 @@ def _polite_stop(folder: Path) -> Iterator[Callable[[], int | None]]:
         yield lambda: asked[0] if asked else None
     except Stopped:
         say(keep.how_to_go_on(folder))
+        raise
+    except DivergedError:
+        say(keep.last_good(folder))
         raise
     finally:
         for s, handler in before.items():

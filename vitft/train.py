@@ -105,6 +105,16 @@ NUMBERS = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class _Unread:
+    """The loss of a step that nobody has looked at yet: of all ranks, of this one, and its rows."""
+
+    step: int
+    total: Tensor
+    own: Tensor
+    rows: list[Tensor]
+
+
 class Trainer:
     """One run of the loop over one model; `fit` is the whole story.
 
@@ -157,6 +167,7 @@ class Trainer:
         if ranks.world > 1:
             ids = [self.device.index or 0] if self.device.type == "cuda" else None
             self.task.prepare_distributed(device_ids=ids)
+        self.unread: list[_Unread] = []
         self.rehearsals = REHEARSED if ranks.world > 1 else 0
         self.precision = _precision(spec, self.device)
         self.scaler = torch.amp.GradScaler(enabled=self.precision is torch.float16)
@@ -204,9 +215,9 @@ class Trainer:
             pending = []
             signum = self._signal()
             due = time.monotonic() - last_save > self.spec.checkpoint_minutes * 60
-            if self.save and (due or signum is not None) and s.batch < len(self.batches):
-                self._raise_if_diverged()
-                self.save(self.snapshot())
+            due = bool(self.ranks.greatest(int(due)))
+            if (due or signum is not None) and s.batch < len(self.batches):
+                self._keep()
                 last_save = time.monotonic()
             if signum is not None and s.batch < len(self.batches):
                 raise Stopped(signum)
@@ -231,10 +242,14 @@ class Trainer:
     def _leave(self, unused: int) -> None:
         """Saves in the midst of an epoch and goes; `unused` batches were not learned from yet."""
         self.state.batch -= unused
-        if self.save:
-            self._raise_if_diverged()
-            self.save(self.snapshot())
+        self._keep()
         raise Stopped(self.stop() or signal.SIGTERM)
+
+    def _keep(self) -> None:
+        """Saves, where anything is saved, what every rank has found finite."""
+        self._raise_if_diverged()
+        if self.save:
+            self.save(self.snapshot())
 
     def _close_epoch(self, seconds: float) -> None:
         s = self.state
@@ -270,8 +285,9 @@ class Trainer:
                 self._halve(pending)
         s, sums = self.state, self.ranks.sum(torch.stack([own, hits]))
         loss_sum, right = sums.unbind() if self.queues else sums.tolist()
+        self.unread.append(_Unread(s.step + 1, sums[0], own, [rows for _, _, rows in pending]))
         if not self.queues or (s.step + 1) % CHECK_EVERY == 0:
-            self._raise_if_not_finite(loss_sum, own, pending)
+            self._raise_if_not_finite()
         self._step()
         s.loss_sum, s.hits, s.seen = s.loss_sum + loss_sum, s.hits + right, s.seen + count
 
@@ -384,30 +400,33 @@ class Trainer:
 
     # -- what is finite, what is best -----------------------------------------------------------
 
-    def _raise_if_not_finite(self, loss_sum: Any, own: Tensor, pending: list[Batch]) -> None:
-        """Names the photographs of the ranks where it began."""
-        if math.isfinite(float(loss_sum)):
+    def _raise_if_not_finite(self) -> None:
+        """Names the first step whose loss was not, and the photographs of the ranks that had it."""
+        unread, self.unread = self.unread, []
+        if not unread or bool(torch.stack([u.total for u in unread]).isfinite().all()):
             return
-        mine = [] if math.isfinite(float(own)) else [rows for _, _, rows in pending]
+        first = next(u for u in unread if not math.isfinite(float(u.total)))
+        mine = [] if math.isfinite(float(first.own)) else first.rows
         found = self.ranks.gather([name for rows in mine for name in self.batches.names(rows)])
         names = [name for files in found for name in files]
-        raise self._diverged(f"loss {float(loss_sum)}", ", ".join(names[:8]))
+        raise self._diverged(first.step, f"loss {float(first.total)}", ", ".join(names[:8]))
 
     def _raise_if_diverged(self) -> None:
-        """Before anything is saved: the running loss and every trained tensor must be finite."""
+        """Before anything is saved: the losses and every trained tensor must be finite."""
+        self._raise_if_not_finite()
         if not math.isfinite(float(self.state.loss_sum)):
-            raise self._diverged(f"loss {float(self.state.loss_sum)}", "unknown")
+            raise self._diverged(self.state.step, f"loss {float(self.state.loss_sum)}", "unknown")
         for name, p in self.net.named_parameters():
             if p.requires_grad and not bool(torch.isfinite(p).all()):
-                raise self._diverged(f"{name} is not finite", "unknown")
+                raise self._diverged(self.state.step, f"{name} is not finite", "unknown")
 
-    def _diverged(self, what: str, files: str) -> BaseException:
+    def _diverged(self, step: int, what: str, files: str) -> BaseException:
         lr = self.optimizer.param_groups[0]["lr"]
         gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
         norm = float(nn.utils.get_total_norm(gradients)) if gradients else 0.0
         error = DivergedError.of(
             "train.diverged",
-            f"epoch {self.state.epoch + 1}, step {self.state.step + 1}",
+            f"epoch {self.state.epoch + 1}, step {step}",
             f"{what} at learning rate {lr:.3g}, gradient norm {norm:.3g}; photographs of this "
             f"step: {files}",
             "lower train.lr or set train.clip_grad: 1.0; the last checkpoint is finite",
