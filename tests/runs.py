@@ -125,7 +125,7 @@ class Process:
     def said(self) -> str:
         return self.err.read_text() if self.err.exists() else ""
 
-    def until(self, text: str, seconds: float = 60) -> None:
+    def until(self, text: str, seconds: float = 240) -> None:
         deadline = time.monotonic() + seconds
         while text not in self.said():
             assert time.monotonic() < deadline, self.said()
@@ -135,7 +135,7 @@ class Process:
     def send(self, number: int, *, group: bool = False) -> None:
         (os.killpg if group else os.kill)(self.pid, number)
 
-    def wait(self, seconds: float = 120) -> int:
+    def wait(self, seconds: float = 240) -> int:
         code = self.runs.ask(wait=self.pid, seconds=seconds)["code"]
         assert code is not None, self.said()
         return code

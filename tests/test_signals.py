@@ -18,9 +18,10 @@ from runs import Process, Runs, assert_equal_runs
 
 from vitft import io
 
-pytestmark = pytest.mark.skipif(
-    not Path("/proc/self").exists(), reason="looks processes up in /proc"
-)
+pytestmark = [
+    pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks processes up in /proc"),
+    pytest.mark.timeout(900),  # of a machine that is busy with other things
+]
 
 
 Start = Callable[..., list[Process]]
@@ -71,14 +72,14 @@ def test_X6_X7_X26_a_signal_saves_says_how_to_go_on_and_the_rest_is_bit_equal(
 
 
 def test_X7_a_second_ctrl_c_ends_at_once_and_costs_one_step(runs, undisturbed):
-    process = runs.start("twice", pace=5.0)
+    process = runs.start("twice", pace=60.0)
     process.until("update 2\n")
     process.send(signal.SIGINT)
     process.until("stopping after this step")
     started = time.monotonic()
     process.send(signal.SIGINT)
-    assert process.wait(4) == 130
-    assert time.monotonic() - started < 4
+    assert process.wait(30) == 130
+    assert time.monotonic() - started < 30
     folder = process.folder()
     again = runs.start("twice", "--resume", "auto")
     assert again.wait() == 0, again.said()
@@ -104,7 +105,7 @@ def test_X7_ctrl_c_before_training_ends_at_once_and_keeps_the_features(runs):
     process = runs.start("features", "head.views=60", mode="head")
     process.until("run folder ")
     process.send(signal.SIGINT)
-    assert process.wait(20) == 130
+    assert process.wait(60) == 130
     assert process.said().endswith("stopped by Ctrl-C\n")
     assert "Traceback" not in process.said()
     process.leaves_nothing(0)
@@ -147,11 +148,19 @@ def kill_and_resume(runs: Runs, start: Start, name: str, dice: random.Random, ki
             process.leaves_nothing(30)
 
 
-def test_X4_a_run_killed_three_times_ends_bit_equal_to_an_undisturbed_one(runs, undisturbed):
+def kill_and_compare(runs: Runs, undisturbed: Path, seed: int, kills: int) -> int:
+    """Kills met by one run that then ended as the undisturbed one did."""
+
     def start(name: str, *more: str) -> list[Process]:
         return [runs.start(name, "train.workers=1", *more, pace=0.01)]
 
-    assert_equal_runs(undisturbed, kill_and_resume(runs, start, "killed", random.Random(0), 3))
+    ended = kill_and_resume(runs, start, f"killed{seed}", random.Random(seed), kills)
+    assert_equal_runs(undisturbed, ended)
+    return kills
+
+
+def test_X4_a_run_killed_three_times_ends_bit_equal_to_an_undisturbed_one(runs, undisturbed):
+    assert kill_and_compare(runs, undisturbed, seed=0, kills=3) == 3
 
 
 @pytest.mark.nightly

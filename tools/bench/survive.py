@@ -13,7 +13,6 @@ import importlib
 import json
 import logging
 import os
-import random
 import subprocess
 import sys
 import tempfile
@@ -84,9 +83,8 @@ def _run_kills(folder: Path) -> int:
     runs, total = signals.Runs(folder / "runs"), 0
     undisturbed = runs.finish("undisturbed")
     for k in range(5):
-        total += signals.kill_and_resume(runs, undisturbed, f"k{k}", random.Random(k), 4)
-    runs.zygote.stdin.close()
-    runs.zygote.wait(timeout=30)
+        total += signals.kill_and_compare(runs, undisturbed, seed=k, kills=4)
+    runs.close()
     return total
 
 
@@ -100,7 +98,7 @@ def crashes(folder: Path, quick: bool) -> Figure:
 
 def rows(folder: Path, quick: bool) -> Figure:
     """Every row of the bad-input matrix: refused or handled as its tests demand."""
-    tests: dict[str, list[str]] = test("test_rows").rows_tested()
+    tests: dict[str, list[str]] = test("test_rows").rows_tested(nightly=False)
     if quick:
         kept = {row: names[0] for row, names in tests.items() if _is_quick(names[0])}
         tests = {row: [name] for row, name in kept.items()}
@@ -222,8 +220,7 @@ def _whole_runs(folder: Path) -> list[bool]:
             lambda: signals.assert_equal_runs(undisturbed, again.folder())  # noqa: B023
         )
         results.append(same)
-    runs.zygote.stdin.close()
-    runs.zygote.wait(timeout=30)
+    runs.close()
     return results
 
 
