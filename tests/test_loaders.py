@@ -14,6 +14,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from timm.data.loader import PrefetchLoader
 from timm.data.mixup import Mixup
@@ -22,7 +24,7 @@ from vitft import loaders
 from vitft.errors import DataError, MachineError
 from vitft.images import DecodeSpec
 from vitft.inputs import InputConfig, augmented, derive_seed, erase, permutation, plain, seeded
-from vitft.loaders import Batches, Photos, worker_count
+from vitft.loaders import Batches, Photos, times_before, worker_count
 
 CPU = torch.device("cpu")
 CONFIG = InputConfig((16, 16), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bicubic", 0.9)
@@ -521,3 +523,21 @@ def test_cuda_gives_the_batches_of_the_cpu(files):
             assert torch.allclose(y.cpu(), y0)
             assert torch.equal(rows.cpu(), rows0)
         loaded.close()
+
+
+def test_a_photograph_shown_twice_in_an_epoch_is_shown_in_two_views(files):
+    source = photos(files)
+    source.labels[:] = [0] + [1] * (len(source) - 1)  # one photograph for half of the epoch
+    loader = batches(source, balanced=True)
+    pairs = [p for xs, _, rows in loader.epoch(0) for p in zip(xs, rows, strict=True)]
+    shown = [image for image, row in pairs if int(row) == 0]
+    assert len(shown) >= len(source) // 2
+    assert all(not torch.equal(a, b) for k, a in enumerate(shown) for b in shown[:k])
+    whole, rest = list(loader.epoch(0)), list(loader.epoch(0, start=1))
+    assert equal(whole[1:], rest)
+
+
+@given(order=st.lists(st.integers(0, 5), max_size=30))
+def test_times_before_counts(order):
+    expected = [order[:k].count(row) for k, row in enumerate(order)]
+    assert times_before(np.array(order, np.int64)).tolist() == expected

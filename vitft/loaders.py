@@ -51,6 +51,7 @@ from vitft.resize import Picture, as_array
 POLL = 2  # seconds between looks at the workers while a batch is awaited
 TIMEOUT = 120.0  # seconds without a batch before the workers are given up
 MAX_WORKERS = 8
+AGAIN = 2**31  # epochs between the views of a photograph that an epoch shows more than once
 PREFETCH = 2  # batches that each worker holds ready
 
 Key = tuple[int, int]  # (epoch, row)
@@ -466,9 +467,11 @@ class _Steps:
             1,
             range(0),
         )
+        self._again = np.zeros(0, np.int64)
 
     def plan(self, epoch: int, order: NDArray[np.int64], size: int, steps: range) -> None:
         self._plan = epoch, order, size, steps
+        self._again = times_before(order)
 
     def skip(self, count: int) -> None:
         """Leaves out the first steps of the plan."""
@@ -481,9 +484,19 @@ class _Steps:
     def __iter__(self) -> Iterator[list[Key]]:
         epoch, order, size, steps = self._plan
         for step in steps:
-            rows = order[step * size : (step + 1) * size]
-            mine = self._ranks.share(len(rows), pairs=self._pairs)
-            yield [(epoch, int(row)) for row in rows[mine]]
+            batch = np.arange(step * size, min((step + 1) * size, len(order)))
+            mine = batch[self._ranks.share(len(batch), pairs=self._pairs)]
+            views = epoch + AGAIN * self._again[mine]  # drawn twice in an epoch: two views
+            yield [(int(view), int(row)) for view, row in zip(views, order[mine], strict=True)]
+
+
+def times_before(order: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How often each entry has come before, [n]: 7 7 2 7 gives 0 1 0 2."""
+    places = np.argsort(order, kind="stable")
+    first = np.searchsorted(order[places], order[places])  # of its kind, among the sorted
+    times = np.empty(len(order), np.int64)
+    times[places] = np.arange(len(order)) - first
+    return times
 
 
 class _Tasks(Dataset["Sample | VitftError"]):
