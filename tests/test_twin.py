@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import vitft  # noqa: F401  (registers the names)
-from vitft import cli, twin, vit, weights
+from vitft import cli, convert, twin, vit, weights
 from vitft.errors import RecipeError, WeightsError
 
 SMALL = {"depth": 2, "embed_dim": 32, "num_heads": 4, "patch_size": 8, "img_size": 32}
@@ -252,3 +252,67 @@ def test_the_real_weights_check_out_at_224_px(real_weights):
     assert max(found.blocks) < 1e-5
     assert found.logits < 1e-5
     assert (found.loaded, found.left_over) == (174, {})
+
+
+# --- files of the owners, at full size -----------------------------------------------------------
+
+
+def owner_files():
+    """(library, how to build it without memory, what inspect must find)."""
+
+    def torchvision():
+        from torchvision.models import vit_b_16
+
+        return vit_b_16().state_dict()
+
+    def hf_vit(hf):
+        return hf.ViTForImageClassification(hf.ViTConfig(num_labels=1000)).state_dict()
+
+    def hf_dinov2(hf):
+        config = hf.Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518,
+                                 patch_size=14)  # fmt: skip
+        return hf.Dinov2Model(config).state_dict()
+
+    def hf_registers(hf):
+        config = hf.Dinov2WithRegistersConfig(hidden_size=384, num_attention_heads=6,
+                                              image_size=518, patch_size=14)  # fmt: skip
+        return hf.Dinov2WithRegistersModel(config).state_dict()
+
+    def hf_clip(hf):
+        config = hf.CLIPVisionConfig(patch_size=32)
+        return hf.CLIPVisionModelWithProjection(config).state_dict()
+
+    def clip(open_clip):
+        tower = open_clip.transformer.VisionTransformer(224, 32, 768, 12, 12, 4.0, output_dim=512)
+        return {f"visual.{k}": v for k, v in tower.state_dict().items()}
+
+    face = "Hugging Face transformers"
+    clips = {"num_classes": 512, "pre_norm": True, "norm_eps": 1e-5}
+    return [
+        ("torchvision", lambda _: torchvision(), "torchvision", "vitflower_b16", 224,
+         {"num_classes": 1000}),
+        ("transformers", hf_vit, face, "vitflower_b16", 224, {"num_classes": 1000}),
+        ("transformers", hf_dinov2, face, "vitflower_s14", 518, {"num_classes": 0}),
+        ("transformers", hf_registers, face, "vitflower_s14", 518,
+         {"num_classes": 0, "reg_tokens": 4, "no_embed_class": True}),
+        ("transformers", hf_clip, "CLIP (Hugging Face transformers)", "vitflower_b32", 224, clips),
+        ("open_clip", clip, "CLIP (OpenAI or OpenCLIP)", "vitflower_b32", 224, clips),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", owner_files(), ids=lambda c: getattr(c[1], "__name__", c[0]))
+def test_inspect_knows_the_owners_files_and_its_answer_builds_a_model_that_fits(tmp_path, case):
+    library, make, layout, name, side, options = case
+    owner = pytest.importorskip(library)
+    with torch.device("meta"):
+        shapes = {k: v.shape for k, v in make(owner).items() if v.is_floating_point()}
+    torch.save(spread(shapes), tmp_path / "w.pth")
+    found = twin.inspect(tmp_path / "w.pth")
+    assert (found.layout, found.model, found.img_size) == (layout, name, side)
+    assert {k: found.options.get(k) for k in options} == options
+    assert any("quick_gelu" in note for note in found.notes) is layout.startswith("CLIP")
+    with torch.device("meta"):
+        built = timm.create_model(found.model, img_size=side, **found.options)
+    state = convert.convert(weights.read(tmp_path / "w.pth")).state
+    own = {k: v.shape for k, v in built.state_dict().items() if k != "pos_embed"}
+    assert {k: state[k].shape for k in own} == own

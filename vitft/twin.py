@@ -154,9 +154,17 @@ def inspect(path: Path) -> Inspection:
         head=_head(sizes, converted.state) if sizes else "",
         left_out=left_out,
         licence=_licence(found, converted.layout),
-        notes=(*found.notes, *prefix),
+        notes=(*found.notes, *prefix, *_untold(converted.layout)),
         metadata={k[:40]: v[:80] for k, v in found.metadata.items()},
     )
+
+
+def _untold(layout: str) -> tuple[str, ...]:
+    """What a model of this layout needs to be told, and no tensor shows."""
+    if not layout.startswith("CLIP"):
+        return ()
+    text = "no tensor shows the activation: OpenAI's weights need act_layer='quick_gelu', most of "
+    return (text + "OpenCLIP's do not",)
 
 
 def _fitting(
