@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 import vitft  # noqa: F401  (registers the names)
-from vitft import convert, model, product, twin, vit, weights
+from vitft import convert, maps, model, product, twin, vit, weights
 from vitft.errors import RecipeError, WeightsError
 from vitft.learn import Hooks, learn
 from vitft.prepare import prepare
@@ -238,6 +238,9 @@ def test_two_dimensional_positions_are_a_row_half_and_a_column_half():
             token = table[1 + 3 * row + column]
             torch.testing.assert_close(token[:4], model.pos_embed_y[0, row])
             torch.testing.assert_close(token[4:], model.pos_embed_x[0, column])
+    similarity = maps.positions(model)
+    assert similarity.shape == (2, 3, 2, 3)
+    assert similarity[0, 0, 0, 0] == pytest.approx(1, abs=1e-5)
     model(torch.randn(1, 3, 32, 48)).sum().backward()
     assert model.pos_embed_x.grad.abs().sum() > 0
     assert {"pos_embed_x", "pos_embed_y"} <= model.no_weight_decay()
