@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -91,8 +90,10 @@ def make_model(folder: Path) -> None:
 def measure(folder: Path, files: list[Path], rounds: int) -> dict[str, dict[str, list[float]]]:
     """Seconds by task and way."""
     ways = {"vitft": vitft_way(folder), "timm": timm_way(folder)}
-    with suppress(ImportError):
+    try:
         ways["transformers"] = pipeline_way(folder)
+    except ImportError as error:
+        print(f"transformers is not compared: {error}")
     one = {"vitft": vitft_way(folder), "timm": timm_one(folder)}
     if "transformers" in ways:
         one["transformers"] = ways["transformers"]
