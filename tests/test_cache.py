@@ -1,6 +1,11 @@
 """The cache can be looked at and cleared; clearing costs time only."""
 
+import pytest
+from conftest import paint
+from rows import untouched
+
 from vitft import cache, store
+from vitft.errors import RecipeError
 from vitft.run import run
 
 
@@ -22,3 +27,24 @@ def test_an_empty_cache_is_no_fault(capsys):
     assert cache.main(["info"]) == 0
     assert capsys.readouterr().out.startswith("0 spaces, 0.0 MB in ")
     assert cache.main(["clear"]) == 0
+
+
+def test_clearing_removes_nothing_that_is_not_the_caches(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("VITFT_CACHE", str(tmp_path))
+    photo = paint(tmp_path / "features" / "roses" / "a.jpg", (200, 40, 40))
+    space = tmp_path / "features" / ("0" * 32)
+    space.mkdir()
+    (space / "about.json").write_text('{"transform": "[[", "backbone": 3}')
+    assert cache.main(["info"]) == 0
+    assert "unknown ?" in capsys.readouterr().out
+    assert cache.main(["clear"]) == 0
+    assert photo.exists()
+    assert not space.exists()
+
+
+def test_the_cache_is_never_below_the_data(tiny_recipe, tiny_photos, monkeypatch):
+    monkeypatch.setenv("VITFT_CACHE", str(tiny_photos / "red" / ".cache"))
+    with untouched(tiny_photos), pytest.raises(RecipeError) as caught:
+        run(tiny_recipe("probe"))
+    assert "cli.out_in_data" in str(caught.value)
+    assert "\nfix: set VITFT_CACHE" in str(caught.value)

@@ -194,6 +194,22 @@ def test_parts_that_changed_and_files_that_changed_are_answered_again(
     assert cut.read_bytes() == (tmp_path / "whole.csv").read_bytes()
 
 
+def test_a_journal_that_is_not_ours_costs_time_and_nothing_else(
+    made, pictures, tmp_path, monkeypatch
+):
+    words, cut = [str(made), str(pictures), "-o"], tmp_path / "cut.csv"
+    with monkeypatch.context() as patched:
+        stopping(patched, after=4)
+        with pytest.raises(KeyboardInterrupt):
+            main([*words, str(cut)])
+    journal = tmp_path / "cut.csv.parts" / answers.JOURNAL
+    odd = [{}, {"part": -1}, {"part": 10**9}, {"part": "0"}, {"part": 0, "counts": {"": "x"}}]
+    journal.write_text("".join(json.dumps(line) + "\n" for line in odd))
+    assert main([*words, str(cut)]) == 3
+    assert main([*words, str(tmp_path / "whole.csv")]) == 3
+    assert cut.read_bytes() == (tmp_path / "whole.csv").read_bytes()
+
+
 def test_parts_of_another_model_or_list_are_refused_and_kept(
     made, pictures, tmp_path, monkeypatch, capsys
 ):

@@ -196,17 +196,24 @@ def _stamp(names: Sequence[str]) -> str:
 
 def _taken_over(out: Output, names: Sequence[str]) -> dict[int, Counter[str]]:
     """The parts that need not be predicted again, and what was counted in them."""
-    starts, found = _starts(names), {}
+    starts = _starts(names)
+    found: dict[int, Counter[str]] = {}
     for line in io.read_lines(out.parts / JOURNAL):
-        number = line["part"]
+        number, counts = line.get("part"), line.get("counts")
+        if type(number) is not int or number not in range(len(starts)) or not _is_count(counts):
+            continue  # not ours: the part is predicted again
         file, start = _part(out, number), starts[number]
-        whole = file.is_file() and io.sha256_file(file) == line["sha256"]
-        if whole and line["stamp"] == _stamp(names[start : start + PART]):
-            found[number] = Counter(line["counts"])
+        whole = file.is_file() and io.sha256_file(file) == line.get("sha256")
+        if whole and line.get("stamp") == _stamp(names[start : start + PART]):
+            found[number] = Counter(counts)
     if found:
         rows = sum(c.total() for c in found.values())
         say(f"going on: {rows:,} of {len(names):,} files were answered before")
     return found
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, dict) and all(type(n) is int for n in value.values())
 
 
 def _fill(

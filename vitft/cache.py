@@ -6,8 +6,10 @@ time to compute them again. Downloaded data sets and the scan's verdicts stay.
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from vitft import io, store
 from vitft.errors import escape
@@ -24,18 +26,29 @@ def lines() -> list[str]:
 
 def _line(space: store.Info) -> str:
     about = space.about
-    transform = json.loads(about.get("transform", "{}"))
+    transform = _object(about.get("transform"))
     kind, size = transform.get("kind", "unknown"), transform.get("size", "?")
     return (
         f"{space.folder.name[:12]}  {space.rows:>9,} rows  {space.size / 1e6:>9,.1f} MB  "
-        f"{about.get('backbone', 'unknown')[:48]}  {kind} {size}  {about.get('dtype', '?')}"
+        f"{str(about.get('backbone', 'unknown'))[:48]}  {kind} {size}  {about.get('dtype', '?')}"
     )
 
 
+def _object(text: object) -> dict[str, Any]:
+    try:
+        found = json.loads(str(text))
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def clear() -> int:
-    """Removes every space; returns the bytes freed."""
-    freed = sum(space.size for space in store.spaces())
-    io.remove(store.features_dir())
+    """Removes every space, and nothing else that may lie there; returns the bytes freed."""
+    freed = 0
+    for space in store.spaces():
+        if re.fullmatch("[0-9a-f]{32}", space.folder.name):
+            io.remove(space.folder)
+            freed += space.size
     return freed
 
 

@@ -28,7 +28,7 @@ from vitft.assign import (
 )
 from vitft.console import track
 from vitft.contents import PATIENCE, Content, examine
-from vitft.errors import DataError, Fault
+from vitft.errors import DataError, Fault, RecipeError
 from vitft.folders import Listing
 from vitft.images import TINY, DecodeSpec
 from vitft.ledger import Dropped, Ledger, Refusal
@@ -108,6 +108,7 @@ def scan(
         `split.tutorial`.
     """
     check_fractions(spec)
+    _require_cache_elsewhere(Path(spec.root))
     listing = list_photographs(spec)
     fixes = read_fixes(Path(spec.fixes), listing) if spec.fixes else NO_FIXES
     paths = [e.path for e in listing.entries]
@@ -117,6 +118,14 @@ def scan(
     settled = settle(spec, listing, _photos(listing, contents), fixes, seed)
     ledger = _account(listing, settled, refused).check()
     return _index(listing, settled.photos, ledger)
+
+
+def _require_cache_elsewhere(root: Path) -> None:
+    """A CSV only names files, and owns no folder."""
+    if root.is_dir() and io.lies_in(io.cache_dir(), root):
+        text = f"the cache would be written below the data {root}, where vitft never writes"
+        fix = "set VITFT_CACHE to a folder elsewhere"
+        raise RecipeError.of("cli.out_in_data", io.cache_dir(), text, fix)
 
 
 def decode_spec(spec: DataSpec) -> DecodeSpec:

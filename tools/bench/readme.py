@@ -126,8 +126,8 @@ def _cell(records: list[Record], what: str) -> str:
 def _head(name: str, records: list[Record]) -> str:
     if not records:
         return name
-    machine = records[-1]["machine"]
-    return f"{machine['threads']}-core CPU" if name == "CPU" else str(machine["device"])
+    threads = max(r["machine"]["threads"] for r in records)  # survive's parts use one each
+    return f"{threads}-core CPU" if name == "CPU" else str(records[-1]["machine"]["device"])
 
 
 def _places(columns: dict[str, list[Record]]) -> list[str]:
