@@ -127,54 +127,35 @@ def _refused(rule: str, fix: str) -> VitftError:
     return RecipeError.of("model.embed", "model.embed", rule, fix)
 
 
-def _pair(size: int | Sequence[int]) -> Pair:
+def pair(size: int | Sequence[int]) -> Pair:
+    """Height and width from one number or two."""
     height, width = (size, size) if isinstance(size, int) else size
     return int(height), int(width)
 
 
-@register_notrace_module  # its size check branches on shapes, which torch.fx cannot follow
-class HybridEmbed(nn.Module):
-    """Sends the image through a CNN and projects each cell of its last map to the width.
-
-    It answers to what `vit.PatchEmbed` answers to; `patch_size` counts cells of the map.
+class Embed(nn.Module):
+    """What an embedding of the image's patches and one of a CNN's cells share: sizes and the grid.
 
     Args:
-        cnn: See `build_cnn`.
-        img_size: Height and width, px; a multiple of the pixels per token.
-        patch_size: Cells of the map per token.
-        in_chans: Colour channels.
-        width: D.
-        stage: See `build_cnn`.
-        bias: Of the projection.
+        img_size: Height and width, px.
+        patch_size: Of a token, in px or in cells of `stride` px.
         strict_img_size: Refuse images of another size.
-        factory: Device and dtype.
-
-    Raises:
-        RecipeError: `model.embed` or `model.img_size`.
     """
+
+    proj: nn.Conv2d
+    stride = 1  # px per cell
+    step = "patch size {} px"  # what a side must be a multiple of, for people
 
     def __init__(
         self,
-        cnn: str,
         img_size: int | Sequence[int],
         patch_size: int | Sequence[int],
-        in_chans: int,
-        width: int,
-        *,
-        stage: int | None = None,
-        bias: bool = True,
-        strict_img_size: bool = True,
-        **factory: Any,
+        strict_img_size: bool,
     ) -> None:
         super().__init__()
-        self.img_size, self.patch_size = _pair(img_size), _pair(patch_size)
+        self.img_size, self.patch_size = pair(img_size), pair(patch_size)
         self.strict_img_size = strict_img_size
-        self.backbone: Any = build_cnn(cnn, in_chans, stage, **factory)
-        self.feature_dim, self.stride = map_of(self.backbone, cnn)
-        self.grid_size = self.grid_of(self.img_size, self.patch_size)
-        self.proj = nn.Conv2d(
-            self.feature_dim, width, self.patch_size, self.patch_size, bias=bias, **factory
-        )
+        self.grid_size: Pair = (0, 0)
 
     @property
     def num_patches(self) -> int:
@@ -197,7 +178,7 @@ class HybridEmbed(nn.Module):
         for side, pixels in zip(img_size, step, strict=True):
             if side < pixels or side % pixels:
                 low = max(side // pixels, 1) * pixels
-                rule = f"side {side} px is not a multiple of the {pixels} px that a token covers"
+                rule = f"side {side} px is not a multiple of the {self.step.format(pixels)}"
                 fix = f"use {low} or {low + pixels} px instead"
                 raise RecipeError.of("model.img_size", place, rule, fix)
         return img_size[0] // step[0], img_size[1] // step[1]
@@ -207,21 +188,21 @@ class HybridEmbed(nn.Module):
         img_size: int | Sequence[int] | None = None,
         patch_size: int | Sequence[int] | None = None,
     ) -> None:
-        """Takes images of another size, or another number of cells per token."""
-        image = self.img_size if img_size is None else _pair(img_size)
-        patch = self.patch_size if patch_size is None else _pair(patch_size)
+        """Takes images or patches of another size; the kernel is resampled to keep its answers."""
+        image = self.img_size if img_size is None else pair(img_size)
+        patch = self.patch_size if patch_size is None else pair(patch_size)
         self.grid_size = self.grid_of(image, patch)
         if patch != self.patch_size:
             self.proj = resampled(self.proj, patch)
         self.img_size, self.patch_size = image, patch
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recomputes the CNN's activations too, where it can."""
-        if hasattr(self.backbone, "set_grad_checkpointing"):
-            self.backbone.set_grad_checkpointing(enable=enable)
+    def require(self, images: Tensor) -> None:
+        """Refuses images that this embedding cannot cut.
 
-    def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, S, S] -> [B, P, D]."""
+        Raises:
+            ValueError: Another size than the model was built for.
+            RecipeError: `model.img_size`: a size that tokens do not tile.
+        """
         size = (int(images.shape[-2]), int(images.shape[-1]))
         if self.strict_img_size and size != self.img_size:
             raise ValueError(
@@ -230,6 +211,58 @@ class HybridEmbed(nn.Module):
             )
         if not self.strict_img_size:
             self.grid_of(size, self.patch_size, "image")
+
+
+@register_notrace_module  # its size check branches on shapes, which torch.fx cannot follow
+class HybridEmbed(Embed):
+    """Sends the image through a CNN and projects each cell of its last map to the width.
+
+    Args:
+        cnn: See `build_cnn`.
+        img_size: Height and width, px; a multiple of the pixels per token.
+        patch_size: Cells of the map per token, along height and width.
+        in_chans: Colour channels.
+        width: D.
+        stage: See `build_cnn`.
+        bias: Of the projection.
+        strict_img_size: Refuse images of another size.
+        factory: Device and dtype.
+
+    Raises:
+        RecipeError: `model.embed` or `model.img_size`.
+    """
+
+    step = "{} px that a token covers"
+
+    def __init__(
+        self,
+        cnn: str,
+        img_size: int | Sequence[int],
+        patch_size: int | Sequence[int],
+        in_chans: int,
+        width: int,
+        *,
+        stage: int | None = None,
+        bias: bool = True,
+        strict_img_size: bool = True,
+        **factory: Any,
+    ) -> None:
+        super().__init__(img_size, patch_size, strict_img_size)
+        self.backbone: Any = build_cnn(cnn, in_chans, stage, **factory)
+        self.feature_dim, self.stride = map_of(self.backbone, cnn)
+        self.grid_size = self.grid_of(self.img_size, self.patch_size)
+        self.proj = nn.Conv2d(
+            self.feature_dim, width, self.patch_size, self.patch_size, bias=bias, **factory
+        )
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recomputes the CNN's activations too, where it can."""
+        if hasattr(self.backbone, "set_grad_checkpointing"):
+            self.backbone.set_grad_checkpointing(enable=enable)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, S, S] -> [B, P, D]."""
+        self.require(images)
         maps = self.backbone(images)
         x: Tensor = maps[-1] if isinstance(maps, list | tuple) else maps  # [B, feature_dim, G', G']
         x = self.proj(x)  # [B, D, G, G]

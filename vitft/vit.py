@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from vitft import console
 from vitft.errors import RecipeError
-from vitft.hybrid import HybridEmbed, resampled
+from vitft.hybrid import Embed, HybridEmbed, pair
 
 POOLS = ("", "token", "avg")
 POSITIONS = {  # timm says "learn"; both spellings build the same model
@@ -43,27 +43,10 @@ POSITIONS = {  # timm says "learn"; both spellings build the same model
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"gelu": nn.GELU, "quick_gelu": QuickGELU}
 
 
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    height, width = (size, size) if isinstance(size, int) else size
-    return int(height), int(width)
-
-
 def _choose(key: str, value: object, allowed: Sequence[str]) -> None:
     if value not in allowed:
         rule = f"must be one of {', '.join(repr(a) for a in allowed)}, got {value!r}"
         raise RecipeError.of(f"model.{key}", f"model.{key}", rule, "write one of these names")
-
-
-def _grid(img_size: tuple[int, int], patch: tuple[int, int], place: str) -> tuple[int, int]:
-    """Patches along height and width; an image that patches do not tile is refused."""
-    for side, step in zip(img_size, patch, strict=True):
-        if side < step or side % step:
-            low = max(side // step, 1) * step
-            rule = f"side {side} px is not a multiple of the patch size {step} px"
-            raise RecipeError.of(
-                "model.img_size", place, rule, f"use {low} or {low + step} px instead"
-            )
-    return img_size[0] // patch[0], img_size[1] // patch[1]
 
 
 def sincos2d(grid: tuple[int, int], width: int) -> Tensor:
@@ -97,7 +80,7 @@ def sincos2d(grid: tuple[int, int], width: int) -> Tensor:
 
 
 @register_notrace_module  # its size check branches on shapes, which torch.fx cannot follow
-class PatchEmbed(nn.Module):
+class PatchEmbed(Embed):
     """Cuts the image into patches and projects each to the width.
 
     A convolution with kernel = stride = patch. Writing it as reshape and matrix product gives the
@@ -115,54 +98,15 @@ class PatchEmbed(nn.Module):
         strict_img_size: bool = True,
         **factory: Any,
     ) -> None:
-        super().__init__()
-        self.img_size, self.patch_size = _pair(img_size), _pair(patch_size)
-        self.strict_img_size = strict_img_size
+        super().__init__(img_size, patch_size, strict_img_size)
         self.grid_size = self.grid_of(self.img_size, self.patch_size)
         self.proj = nn.Conv2d(
             in_chans, width, self.patch_size, self.patch_size, bias=bias, **factory
         )
 
-    @property
-    def num_patches(self) -> int:
-        """P."""
-        return self.grid_size[0] * self.grid_size[1]
-
-    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
-        """Grid of patches for an image of this height and width."""
-        return img_size[0] // self.patch_size[0], img_size[1] // self.patch_size[1]
-
-    def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
-        """Pixels per patch."""
-        return max(self.patch_size) if as_scalar else self.patch_size
-
-    def grid_of(self, img_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
-        """Grid of patches; an image that they do not tile is refused."""
-        return _grid(img_size, patch_size, "model.img_size")
-
-    def set_input_size(
-        self,
-        img_size: int | Sequence[int] | None = None,
-        patch_size: int | Sequence[int] | None = None,
-    ) -> None:
-        """Takes images or patches of another size; the kernel is resampled to keep its answers."""
-        image = self.img_size if img_size is None else _pair(img_size)
-        patch = self.patch_size if patch_size is None else _pair(patch_size)
-        self.grid_size = self.grid_of(image, patch)
-        if patch != self.patch_size:
-            self.proj = resampled(self.proj, patch)
-        self.img_size, self.patch_size = image, patch
-
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, S, S] -> [B, P, D]."""
-        size = (int(images.shape[-2]), int(images.shape[-1]))
-        if self.strict_img_size and size != self.img_size:
-            raise ValueError(
-                f"image is {size[0]} x {size[1]} px, the model was built for {self.img_size[0]} x "
-                f"{self.img_size[1]}; resize it, or build with img_size= or dynamic_img_size=True"
-            )
-        if not self.strict_img_size:
-            _grid(size, self.patch_size, "image")
+        self.require(images)
         x: Tensor = self.proj(images)  # [B, D, G, G]
         return x.flatten(2).transpose(1, 2)  # [B, P, D]
 
@@ -753,8 +697,8 @@ class VisionTransformer(nn.Module):
         old = self.patch_embed.grid_size
         positions = self.pos_embed
         new = self.patch_embed.grid_of(
-            self.patch_embed.img_size if img_size is None else _pair(img_size),
-            self.patch_embed.patch_size if patch_size is None else _pair(patch_size),
+            self.patch_embed.img_size if img_size is None else pair(img_size),
+            self.patch_embed.patch_size if patch_size is None else pair(patch_size),
         )
         if self.pos_embed_kind == "learned2d" and new != old:
             for name, rows in zip(("pos_embed_y", "pos_embed_x"), new, strict=True):
