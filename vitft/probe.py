@@ -10,9 +10,12 @@ the scaler is folded into the weights, so that they apply to the features as the
 
 How the path is solved. In the eigenbasis of the features' correlations the curvature of the loss is
 close to (class curvature x eigenvalue), so L-BFGS preconditioned with that needs few steps where
-plain L-BFGS needs hundreds. A few strengths over the whole grid are solved first; then, halving
-the spacing, those between start from cubic interpolation along log C. All strengths of one stage
-are lanes of one solve: one matrix product evaluates all of them, and a lane leaves when it is done.
+plain L-BFGS needs hundreds. Every fourth strength is solved first, from weak to strong, each from
+the parabola along log C through the three before it; then, halving the spacing, those between start
+from cubic interpolation. All strengths between are lanes of one solve: one matrix product evaluates
+all of them, and a lane leaves when it is done. Strong heads are where the time goes, and starting
+them from their weaker neighbours rather than from zero halves the evaluations, or better: 624 for
+4,085 on 3,458 x 1,280 features of flowers, 347 for 537 on 12,500 x 192 x 25 synthetic ones.
 
 N photographs, M of val, D features, C classes, L lanes, R coordinates: eigenvectors and a one.
 
@@ -40,11 +43,10 @@ NULL = 1e-10  # eigenvalue over the largest, below which fewer rows than feature
 ABSENT = -1e4  # bias of a class without training photographs: never named, exports as float16
 MEMORY = 10  # pairs of L-BFGS
 WINDOW = 10  # steps over which progress is judged
-CALM = 2  # steps in a row that promise little, before that is believed
 ARMIJO = 1e-4
 NOISE = 2e-7  # relative rounding error of a float32 objective
 SHORTEST = 1e-6  # step below which a lane cannot move in float32
-COARSE = 4  # intervals of the first stage, at least
+STRIDE = 4  # of the strengths that are solved one after the other
 LANE_BYTES = 256 * 2**20  # of L-BFGS memory at a time
 KS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
@@ -98,7 +100,7 @@ def logistic_path(
         classes: C.
         strengths: scikit-learn's C, each above 0.
         tol: Of the objective, relative: a solve ends when the decrease still predicted is below a
-            tenth of it, or ten steps together won less than ten times it.
+            thirtieth of it, or ten steps together won less than five times it.
         max_iter: Steps after which a solve ends anyway.
         refit: Solve the chosen strength again on train and val together.
         device: Where it is solved.
@@ -432,22 +434,25 @@ def _path(
 
 
 def _stages(n: int) -> Iterator[list[int]]:
-    """Positions 0..n-1: coarse ones with both ends, then again and again those half way between."""
-    stride = 1
-    while n > 2 * COARSE * stride:
-        stride *= 2
-    done: set[int] = set()
+    """Positions 0..n-1: coarse ones alone, upwards; then again and again those half way between."""
+    coarse = sorted({*range(0, n, STRIDE), n - 1})
+    yield from ([i] for i in coarse)
+    done, stride = set(coarse), STRIDE // 2
     while stride:
-        new = [i for i in (*range(0, n, stride), n - 1) if i not in done]
+        new = [i for i in range(0, n, stride) if i not in done]
         done.update(new)
         if new:
-            yield sorted(set(new))
+            yield new
         stride //= 2
 
 
 def _between(at: NDArray[np.float64], known: list[int], i: int, w: Tensor) -> Tensor:
-    """A polynomial through the four nearest solutions, at position i; zero where there are none."""
-    near = sorted(known, key=lambda j: abs(at[j] - at[i]))[:4]
+    """A polynomial through the nearest solutions, at position i; zero where there are none.
+
+    Four of them between two strengths, three beyond the last: a cubic leaps too far there.
+    """
+    beyond = not known or i > max(known)
+    near = sorted(known, key=lambda j: abs(at[j] - at[i]))[: 3 if beyond else 4]
     out = torch.zeros_like(w[i])
     for j in near:
         factor = np.prod([(at[i] - at[k]) / (at[j] - at[k]) for k in near if k != j])
@@ -477,7 +482,6 @@ class _Solve:
         self.rho = torch.zeros(MEMORY, lanes, device=start.device)
         self.t = torch.ones(lanes, 1, device=start.device)
         self.steps = torch.zeros(lanes, dtype=torch.int64, device=start.device)
-        self.small = torch.zeros_like(self.steps)
         self.past = torch.full((WINDOW, lanes), float("inf"), device=start.device).double()
         self.lane = torch.arange(lanes, device=start.device)
         self.round = 0
@@ -565,13 +569,12 @@ class _Solve:
         self.slope = torch.linalg.vecdot(self.g.double(), self.d.double())
 
     def _done(self, taken: Tensor) -> Tensor:
-        small = -self.slope / 2 <= self.tol / 10 * self.f
-        self.small = torch.where(taken, torch.where(small, self.small + 1, 0), self.small)
-        small = self.small > CALM
+        small = -self.slope / 2 <= self.tol / 30 * self.f
         before = self.past.gather(0, (self.steps % WINDOW)[None])[0]
-        slow = before - self.f <= 10 * self.tol * self.f
+        slow = before - self.f <= 5 * self.tol * self.f
         stuck = self.t[:, 0] < SHORTEST
-        return (taken & (small | slow | (self.steps >= self.max_iter))) | stuck
+        ended: Tensor = (taken & (small | slow | (self.steps >= self.max_iter))) | stuck
+        return ended
 
     def _keep(self, which: Tensor) -> None:
         for name in (
@@ -583,7 +586,6 @@ class _Solve:
             "gain",
             "t",
             "steps",
-            "small",
             "lane",
             "d",
             "slope",
