@@ -122,7 +122,10 @@ def test_an_allocation_of_slurm_is_no_launch(monkeypatch):
 @pytest.mark.parametrize(
     "more",
     [
-        ["train.mixup=0.3", "train.cutmix=0.5", "train.accumulate=2", "train.clip_grad=1.0"],
+        [
+            *("train.mixup=0.3", "train.cutmix=0.5", "train.accumulate=2", "train.clip_grad=1.0"),
+            *("train.sampling=balanced", "train.reprob=0.5"),
+        ],
         ["train.mixup=0", "train.class_weights=balanced", "train.blocks=1", "train.views=2"],
     ],
     ids=["mixed", "kept activations"],
