@@ -305,9 +305,10 @@ class HeadSpec(Section):
     """Mode head: features of a frozen backbone."""
 
     views: Count | Literal["online"] = Field(
-        default=4,
+        default=1,
         description="Augmented views per photograph whose features are kept; 1: the plain "
-        "transform; `online`: augment anew in every epoch, through the backbone.",
+        "transform, from which no more views could be told on flowers; `online`: augment anew in "
+        "every epoch, through the backbone.",
     )
     feature_dtype: Literal["float32", "float16"] = Field(
         default="float32", description="How cached features are stored."
