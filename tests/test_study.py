@@ -65,7 +65,11 @@ def test_sentences_say_which_is_better_only_where_it_is():
         "3 seeds and 200 photographs"
     )
     (level,) = trials.contrasts({"plain": a, "other": a})
-    assert "not distinguishable, p = 1, 3 seeds" in level.sentence()
+    assert level.sentence() == "plain and other are level: 0.0 points [0.0, 0.0], 3 seeds and " + (
+        "200 photographs"
+    )
+    (single,) = trials.contrasts({"plain": a[:1], "other": b[:1]})
+    assert ": distinguishable for this seed, p < 0.0001, 1 seed and" in single.sentence()
 
 
 # --- files ---------------------------------------------------------------------------------------

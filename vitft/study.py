@@ -249,7 +249,7 @@ def chart(found: Findings) -> Chart:
     of = found.outcomes[0].run
     if len(found.sizes) > 1:
         series = tuple(_by_size(found, arm) for arm in found.arms)
-        caption = "Mean over seeds; bands are 95 % intervals over seeds and photographs."
+        caption = f"Mean over seeds; bands are 95 % intervals over {_over(found)}."
         return Chart("Accuracy by amount of data", series, x_label="training photographs",
                      y_label=f"accuracy on {of.split}", x_log=True, percent=True,
                      caption=caption)  # fmt: skip
@@ -257,6 +257,11 @@ def chart(found: Findings) -> Chart:
     caption = "Mean over seeds; bands reach from the worst to the best seed."
     return Chart("Accuracy while training", series, x_label="epoch", y_label="accuracy on val",
                  percent=True, caption=caption)  # fmt: skip
+
+
+def _over(found: Findings) -> str:
+    """What the intervals take into account."""
+    return "seeds and photographs" if found.pairs[0].difference.seeds > 1 else "photographs alone"
 
 
 def _by_size(found: Findings, arm: str) -> Series:
@@ -290,7 +295,7 @@ def page(found: Findings) -> str:
             rows.append((arm, n, cell, m.seeds, _minutes(found, arm, n)))
     header = ("arm", "training photographs", "accuracy", "seeds", "minutes per run")
     of = found.outcomes[0].run
-    caption = f"{len(of.labels):,} {of.split} photographs; intervals over seeds and photographs"
+    caption = f"{len(of.labels):,} {of.split} photographs; 95 % intervals over {_over(found)}"
     answer = pages.Section(
         "answer", "Answer", folded=False,
         blocks=(pages.Bullets(tuple(sentences(found))), pages.Figure((chart(found),)),

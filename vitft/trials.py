@@ -95,8 +95,11 @@ class Contrast:
         i = d.interval if d.estimate >= 0 else Interval(-d.interval.high, -d.interval.low)
         points = f"{100 * abs(d.estimate):.1f} points {i.percent()}"
         of = f"{d.seeds} seed{'s' * (d.seeds > 1)} and {d.photographs:,} photographs"
+        if abs(d.estimate) < 5e-4:
+            return f"{self.a} and {self.b} are level: {points}, {of}"
         if self.distinguishable:
-            return f"{better} better than {worse} by {points}: distinguishable, {p_text(d.p)}, {of}"
+            how = "distinguishable" if d.seeds > 1 else "distinguishable for this seed"
+            return f"{better} better than {worse} by {points}: {how}, {p_text(d.p)}, {of}"
         return f"{better} and {worse} are {points} apart: not distinguishable, {p_text(d.p)}, {of}"
 
 
