@@ -291,3 +291,15 @@ def test_the_key_of_a_space_does_not_change_by_accident(tmp_path):
     space = Space({"backbone": "b", "transform": "t"}, "float32", tmp_path)
     text = '{"backbone": "b", "dtype": "float32", "format": 1, "transform": "t"}'
     assert space.folder.name == hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_photographs_decoded_in_threads_give_the_same_rows(net, files, threads, tmp_path):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        rows = run(net, photos(files[:20]), key=f"{threads} threads")
+    finally:
+        torch.set_num_threads(before)
+    assert rows.computed == 20
+    assert np.isfinite(rows.x).all()

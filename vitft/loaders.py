@@ -223,7 +223,8 @@ class Batches:
         self.timeout = timeout
         self._mixup = _mixup(mixup, cutmix, classes)
         self._steps = _Steps(ranks, pairs=self._mixup is not None)
-        self._busy = torch.full((max(self.workers, 1),), -1, dtype=torch.int64)
+        with torch.inference_mode(False):  # threads write to it, and are in no caller's mode
+            self._busy = torch.full((max(self.workers, 1),), -1, dtype=torch.int64)
         if self.workers:
             self._busy.share_memory_()  # type: ignore[no-untyped-call]
             _require_shared_memory(self.workers, batch_size, self.transform)

@@ -311,7 +311,9 @@ class HeadSpec(Section):
         "every epoch, through the backbone.",
     )
     feature_dtype: Literal["float32", "float16"] = Field(
-        default="float32", description="How cached features are stored."
+        default="float32",
+        description="How cached features are stored; float16 halves the store (flowers, "
+        "EfficientNet-Lite0, five splits: 1 of 2,595 answers differed).",
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
