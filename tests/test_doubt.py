@@ -126,9 +126,9 @@ def test_distance_by_hand():
     known = doubt.fit_foreign([[2.0, 0], [0, 3.0], [-5.0, 0], [0, -1.0]])
     # (1 / (1/2 + .01 / 2) + 0) / 2 directions, under the root; anywhere on the circle
     expected = np.sqrt(1 / 0.505 / 2)
-    assert known.score([[7.0, 0], [1.0, 1.0]]) == pytest.approx(expected, rel=1e-5)
+    assert known.distance([[7.0, 0], [1.0, 1.0]]) == pytest.approx(expected, rel=1e-5)
     squeezed = doubt.fit_foreign([[4.0, 1], [4.0, -1], [4.0, 1], [4.0, -1]])
-    near, far = squeezed.score([[4.0, 0.9], [0.0, 1.0]])
+    near, far = squeezed.distance([[4.0, 0.9], [0.0, 1.0]])
     assert near < 1.5
     assert far > 10
 
@@ -146,7 +146,7 @@ def test_distances_equal_scipy(directions, monkeypatch):
         values[:-directions] = values[:-directions].mean()
     inverse = np.linalg.inv((vectors * (values + 0.01 * np.trace(covariance) / 24)) @ vectors.T)
     expected = [mahalanobis(row, unit[0].mean(axis=0), inverse) / np.sqrt(24) for row in unit[1]]
-    assert doubt.fit_foreign(train).score(new) == pytest.approx(expected, rel=1e-3)
+    assert doubt.fit_foreign(train).distance(new) == pytest.approx(expected, rel=1e-3)
 
 
 def test_more_directions_than_pictures():
@@ -154,22 +154,66 @@ def test_more_directions_than_pictures():
     assert known.is_foreign(clouds(50, 2, centre=-6.0)).mean() > 0.9
 
 
-def test_one_ordinary_picture_in_a_hundred_is_called_foreign():
-    rates = [
-        doubt.fit_foreign(clouds(500, s), clouds(300, s + 100)).is_foreign(clouds(2000, 7)).mean()
-        for s in range(8)
-    ]
-    assert 0.003 < np.mean(rates) < 0.02
-    alone = doubt.fit_foreign(clouds(500, 0)).is_foreign(clouds(2000, 7)).mean()
-    assert 0.0005 < alone < 0.03
+def logits(n, seed, *, sure=6.0, classes=3):
+    """One class speaks for each ordinary picture."""
+    rng = np.random.default_rng(seed)
+    said = np.eye(classes)[rng.integers(0, classes, n)] * sure
+    return (said + rng.normal(0, 1, (n, classes))).astype(np.float32)
+
+
+@pytest.mark.parametrize("alarms", [0.01, 0.05])
+def test_as_many_ordinary_pictures_are_called_foreign_as_allowed(alarms):
+    rates, energetic = [], []
+    for s in range(8):
+        known = doubt.fit_foreign(clouds(500, s), clouds(300, s + 100), alarms=alarms)
+        rates.append(known.is_foreign(clouds(2000, 7)).mean())
+        both = clouds(500, s), clouds(300, s + 100), logits(300, s)
+        known = doubt.fit_foreign(*both, alarms=alarms)
+        energetic.append(known.is_foreign(clouds(2000, 7), logits(2000, 8)).mean())
+    assert np.mean(rates) == pytest.approx(alarms, rel=0.5)
+    assert np.mean(energetic) == pytest.approx(alarms, rel=0.5)
+    alone = doubt.fit_foreign(clouds(500, 0), alarms=alarms).is_foreign(clouds(2000, 7)).mean()
+    assert alone == pytest.approx(alarms, rel=0.9)
+
+
+def test_a_picture_that_no_class_speaks_for_is_foreign_wherever_it_lies():
+    known = doubt.fit_foreign(clouds(500, 0), clouds(300, 1), logits(300, 2))
+    ordinary, silent = clouds(200, 3), np.zeros((200, 3))
+    assert known.is_foreign(ordinary, logits(200, 4)).mean() < 0.12
+    assert known.is_foreign(ordinary, silent).mean() > 0.95
+    with pytest.raises(ValueError, match="200 distances need as many rows of logits"):
+        known.is_foreign(ordinary)
+
+
+def test_strangeness_by_hand():
+    """Deviations above the mean of each part are added, those below it do not count."""
+    known = doubt.fit_foreign(clouds(500, 0), clouds(300, 1), logits(300, 2))
+    new, said = clouds(5, 3), logits(5, 4)
+    far, energy = known.distance(new), -np.log(np.exp(said.astype(float)).sum(axis=1))
+    held, spoke = (
+        known.distance(clouds(300, 1)),
+        -np.log(np.exp(logits(300, 2).astype(float)).sum(axis=1)),
+    )
+    expected = np.maximum((far - held.mean()) / held.std(), 0)
+    expected += np.maximum((energy - spoke.mean()) / spoke.std(), 0)
+    assert known.score(new, said) == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_a_model_file_without_scales_knows_the_distance_alone():
+    known = doubt.fit_foreign(clouds(500, 0), clouds(300, 1), logits(300, 2))
+    older = {k: v for k, v in known.tensors().items() if k != "foreign.scales"}
+    back = doubt.Foreign.from_tensors(older)
+    assert (back.score(clouds(9, 3)) == back.distance(clouds(9, 3))).all()
 
 
 def test_pictures_of_another_kind_are_foreign():
-    known = doubt.fit_foreign(clouds(500, 0), clouds(200, 1))
+    known = doubt.fit_foreign(clouds(500, 0), clouds(300, 1))
     other = clouds(100, 2, centre=-3.0)
     assert known.is_foreign(other).all()
     assert known.farther_than(other).min() > 0.99
-    assert 0.4 < known.farther_than(clouds(1000, 3)).mean() < 0.6
+    middle = known.farther_than(clouds(1000, 3))
+    assert 0.2 < (middle > 0.5).mean() < 0.6
+    assert (middle > 0.95).mean() < 0.1
 
 
 def test_the_halves_follow_the_seed():
@@ -178,11 +222,12 @@ def test_the_halves_follow_the_seed():
 
 
 def test_the_model_file_gives_the_same_answers():
-    known = doubt.fit_foreign(clouds(200, 0))
+    known = doubt.fit_foreign(clouds(200, 0), clouds(100, 1), logits(100, 2))
     back = doubt.Foreign.from_tensors({k: v.copy() for k, v in known.tensors().items()})
     new = clouds(30, 5)
-    assert (back.score(new) == known.score(new)).all()
-    assert (back.is_foreign(new) == known.is_foreign(new)).all()
+    said = logits(30, 6)
+    assert (back.score(new, said) == known.score(new, said)).all()
+    assert (back.is_foreign(new, said) == known.is_foreign(new, said)).all()
     with pytest.raises(KeyError, match="foreign.mean"):
         doubt.Foreign.from_tensors({})
 

@@ -513,7 +513,7 @@ train.patch_drop train.checkpoint_minutes
 probe.kind probe.strengths probe.refit probe.tol probe.max_iter
 ladder.steps ladder.stop
 trust.calibrate trust.suspects trust.learning_curve trust.audit trust.max_error trust.bootstrap
-trust.head_seeds
+trust.head_seeds trust.foreign_alarms
 report.gallery report.thumbnail report.max_images report.csv_safe
 export.as_timm
 offline.model.name offline.model.weights offline.data.root

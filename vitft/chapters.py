@@ -50,7 +50,23 @@ def steps(found: Findings) -> tuple[Link, ...]:
     if found.honest is not None and found.honest.linked.n:
         n = found.honest.linked.n
         out.append(Link(f"{n:,} scored photographs have a copy in train or val.", "#copies"))
+    best = found.gains[0] if found.gains else None
+    if best is not None and best.interval.low > 0:
+        out.append(
+            Link(
+                f"Photograph {best.name} first: half of its photographs are worth "
+                f"{100 * best.loss:.1f} points {best.interval.percent()} of balanced accuracy.",
+                "#growth",
+            )
+        )
     return tuple(out)
+
+
+def figures(found: Findings) -> tuple[tuple[str, str, str], ...]:
+    """(name, value, meaning) that stand beside the accuracy."""
+    shown = found.after or found.before
+    value = f"{100 * shown.ece:.1f} points {shown.ece_interval.percent()}"
+    return (("Calibration error", value, "said probability against share right"),)
 
 
 def notes(found: Findings) -> tuple[str, ...]:
@@ -168,10 +184,13 @@ def _doubt(p: Prepared, found: Findings) -> Section:
     else:
         summary = "If unsure answers are left to a person, the rest are right more often."
     blocks: list[Block] = [table]
-    if found.foreign is not None:
+    if found.alarms is not None:
+        a = found.alarms
         blocks.append(
-            "Predict also says when a picture is unlike everything it was trained on; one ordinary "
-            "photograph in a hundred is called foreign by mistake."
+            "Predict also says when a picture is unlike everything it was trained on. The limit "
+            f"allows {percent(p.recipe.trust.foreign_alarms, 0)} of ordinary photographs to be "
+            f"called so by mistake; of the scored ones {a.right:,} of {a.n:,} were, "
+            f"{percent(a.value)} {a.interval.percent()}."
         )
     return Section("doubt", "When it should say “I don't know”", summary, tuple(blocks))
 
@@ -241,6 +260,7 @@ def _growth(found: Findings, growth: Curve) -> Section:
         "Accuracy on val against training photographs",
         (measured, law),
         x_label="training photographs",
+        y_label="accuracy",
         x_log=True,
         percent=True,
         caption="Each point is the mean of several draws; the band is for planning, not a promise.",
@@ -260,7 +280,7 @@ def _copies(p: Prepared, found: Findings, thumbnail: Thumbnail) -> Section:
     index = p.index
     across = [q for q in links.pairs if index.split[q.a] != index.split[q.b]]
     classes = [q for q in links.pairs if index.labels[q.a] != index.labels[q.b]]
-    first = {id(q): q for q in (*across, *classes, *links.pairs)}
+    first = {id(q): q for q in (*classes, *across, *links.pairs)}
     photos = []
     for pair in list(first.values())[: SHOWN // 2]:
         kind = "same bytes" if pair.identical else "nearly the same"
@@ -276,8 +296,8 @@ def _copies(p: Prepared, found: Findings, thumbnail: Thumbnail) -> Section:
             )
     summary = f"{links.found:,} pairs; {len(across):,} across splits, "
     summary += f"{len(classes):,} with two labels. {_sentence(honest.sentence())}"
-    caption = "Pairs side by side, those across splits and classes first."
-    gallery = Gallery(tuple(photos), 2 * links.found, caption)
+    caption = "Pairs side by side: first those with two labels, then those across splits."
+    gallery = Gallery(tuple(photos), 2 * links.found, caption, paired=True)
     return Section("copies", "Copies and near-copies", summary, (gallery,))
 
 

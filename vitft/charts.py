@@ -241,12 +241,15 @@ def _axis(values: list[float], *, tight: bool) -> tuple[Point, list[float]]:
 
 
 def _log_axis(values: list[float]) -> tuple[Point, list[float]]:
-    """Ends and at most six powers of ten of a logarithmic axis."""
+    """Ends and ticks of a logarithmic axis: six powers of ten at most, or 1, 2, 5 of few."""
     low, high = (min(values), max(values)) if values else (0.1, 1.0)
     if low == high:
         low, high = low / 10, high * 10
     first, last = ceil(log10(low) - 1e-9), floor(log10(high) + 1e-9)
     stride = max(1, ceil((last - first + 1) / 6))
+    if last - first < 2:
+        fine = [m * 10.0**k for k in range(first - 1, last + 1) for m in (1, 2, 5)]
+        return (low, high), [t for t in fine if low * (1 - 1e-9) <= t <= high * (1 + 1e-9)]
     return (low, high), [10.0**k for k in range(first, last + 1, stride)]
 
 

@@ -40,6 +40,7 @@ class Findings:
         accepted: What that threshold does on the scored split.
         offers: Target error -> threshold chosen on val and what it does on the scored split.
         foreign: What ordinary photographs look like, for predict.
+        alarms: Scored photographs that it calls foreign.
         nearest: [n, 3] rows of the index: the train photographs closest to each scored one.
         links: Copies and near-copies among all photographs.
         honest: Accuracy with and without linked photographs.
@@ -60,6 +61,7 @@ class Findings:
     accepted: doubt.Accepted | None
     offers: dict[float, tuple[doubt.Abstain, doubt.Accepted]]
     foreign: doubt.Foreign | None
+    alarms: audit.Share | None
     nearest: NDArray[np.int64] | None
     links: audit.Links | None
     honest: audit.Honest | None
@@ -84,6 +86,7 @@ class Findings:
                 str(k): {"threshold": a.threshold, "promised": a.promised, **asdict(got)}
                 for k, (a, got) in self.offers.items()
             },
+            "foreign_alarms": _plain(self.alarms),
             "honest": _plain(self.honest),
             "clean": _plain(self.clean),
             "learning_curve": _plain(self.growth),
@@ -135,7 +138,7 @@ def find(p: Prepared, learned: Learned, predictions: Predictions, val: Predictio
     right = predictions.logits.argmax(axis=1) == predictions.labels
     band = clock("seed band", lambda: _band(p, learned))
     intervals = clock("intervals", lambda: _intervals(p, predictions))
-    foreign = clock("foreign pictures", lambda: _foreign(p, x)) if x is not None else None
+    foreign = clock("foreign pictures", lambda: _foreign(p, x, val)) if x is not None else None
     nearest = clock("nearest", lambda: _nearest(p, x)) if x is not None else None
     say(f"what the findings cost: {cost(clock.seconds)}")
     return Findings(
@@ -146,6 +149,7 @@ def find(p: Prepared, learned: Learned, predictions: Predictions, val: Predictio
         accepted=chosen[1],
         offers=offers,
         foreign=foreign,
+        alarms=_alarms(p, x, foreign, predictions) if x is not None else None,
         nearest=nearest,
         links=links,
         honest=_honest(p, links, right) if links is not None else None,
@@ -297,9 +301,20 @@ def _nearest(p: Prepared, x: NDArray[np.float32]) -> NDArray[np.int64]:
     )
 
 
-def _foreign(p: Prepared, x: NDArray[np.float32]) -> doubt.Foreign:
-    train, val = p.index.rows("train"), p.index.rows("val")
-    return doubt.fit_foreign(x[train], x[val], seed=p.recipe.seed)
+def _foreign(p: Prepared, x: NDArray[np.float32], val: Predictions) -> doubt.Foreign:
+    """Strangeness against train, its limit from val."""
+    train, rows = p.index.rows("train"), p.index.rows("val")
+    alarms, seed = p.recipe.trust.foreign_alarms, p.recipe.seed
+    return doubt.fit_foreign(x[train], x[rows], val.logits, alarms=alarms, seed=seed)
+
+
+def _alarms(
+    p: Prepared, x: NDArray[np.float32], foreign: doubt.Foreign, predictions: Predictions
+) -> audit.Share:
+    """Scored photographs that are called foreign, all by mistake as far as is known."""
+    called = foreign.is_foreign(x[p.index.rows(p.test_split)], predictions.logits)
+    k, n = int(called.sum()), len(called)
+    return audit.Share(k, n, k / n, stats.wilson(k, n))
 
 
 def _band(p: Prepared, learned: Learned) -> trust.SeedBand | None:

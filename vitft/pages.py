@@ -134,11 +134,16 @@ class Photo:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Photographs; `total` says of how many, where not all are shown."""
+    """Photographs; `total` says of how many, where not all are shown.
+
+    Attributes:
+        paired: Two that follow each other belong together and share a line.
+    """
 
     photos: tuple[Photo, ...]
     total: int | None = None
     caption: str = ""
+    paired: bool = False
     block: ClassVar[str] = "gallery"
 
 

@@ -121,7 +121,7 @@ class Predictor:
             rows, logits = self._single(x) if len(x) == 1 else self._batch(x)
         foreign: list[bool | None] = [None] * len(x)
         if self._foreign is not None and rows is not None:
-            foreign = self._foreign.is_foreign(rows.cpu().numpy()).tolist()
+            foreign = self._foreign.is_foreign(rows.cpu().numpy(), logits.cpu().numpy()).tolist()
         p = stats.softmax(logits.cpu().numpy(), self.card.temperature or 1.0)
         return list(zip(p, foreign, strict=True))
 
@@ -168,7 +168,9 @@ def _foreign(path: Path, net: nn.Module) -> Foreign | None:
         return None
     try:
         foreign = Foreign.from_tensors(tables)
-        foreign.is_foreign(np.ones((1, classifier(net).in_features), np.float32))
+        head = classifier(net)
+        zeros = np.zeros((1, head.out_features), np.float32)
+        foreign.is_foreign(np.ones((1, head.in_features), np.float32), zeros)
     except (KeyError, ValueError, TypeError, IndexError) as error:
         text = f"its {product.TABLES} does not fit the model ({type(error).__name__}: {error})"
         fix = "copy the folder again as a whole"

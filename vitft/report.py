@@ -19,7 +19,7 @@ from vitft.gallery import Answers, Source
 from vitft.ledger import Ledger
 from vitft.pages import Gallery, Link, Photo, Section, percent, render
 from vitft.sections import History
-from vitft.stats import Interval, in_words
+from vitft.stats import Interval, in_words, wilson
 
 DENSE = 1000  # classes; above it confusion_matrix.csv lists the cells that are not 0
 
@@ -43,6 +43,7 @@ class Page:
         warnings: Shown above everything else, such as that stand-in weights were used.
         notes: Sentences below the headline, such as the band of ten seeds.
         intervals: Of `balanced_accuracy`, `macro_f1`, `log_loss`, where they were computed.
+        figures: Further (name, value, meaning) beside the accuracy.
         steps: What to do next, before what the report itself suggests.
         extras: Parts of other rooms, shown after the mistakes.
         mistakes: Photographs in the gallery of mistakes at most.
@@ -62,6 +63,7 @@ class Page:
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     intervals: Mapping[str, Interval] = field(default_factory=dict)
+    figures: tuple[tuple[str, str, str], ...] = ()
     steps: tuple[Link, ...] = ()
     extras: tuple[Section, ...] = ()
     mistakes: int = 24
@@ -286,7 +288,11 @@ def _figures(page: Page) -> list[tuple[str, str, str]]:
         ),
         ("Macro F1", share("macro_f1", s.macro_f1), "precision and recall, mean of the classes"),
         *(
-            (f"Among the {k} likeliest", percent(v), "where the label is one of them")
+            (
+                f"Among the {k} likeliest",
+                f"{percent(v)} {wilson(round(v * s.n), s.n).percent()}",
+                "where the label is one of them",
+            )
             for k, v in sorted(s.top_k.items())
         ),
         (
@@ -294,6 +300,7 @@ def _figures(page: Page) -> list[tuple[str, str, str]]:
             f"{s.log_loss:.3f}{band}",
             f"0 is perfect; knowing nothing gives {log(max(len(page.classes), 1)):.3f}",
         ),
+        *page.figures,
     ]
 
 

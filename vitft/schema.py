@@ -463,6 +463,10 @@ class TrustSpec(Section):
     max_error: SomeShare | None = Field(
         default=None, description="Error allowed on accepted photographs; below: `I don't know`."
     )
+    foreign_alarms: SomeShare = Field(
+        default=0.05,
+        description="Share of ordinary photographs that predict may call unlike the training ones.",
+    )
     bootstrap: Count = Field(default=1000, description="Bootstrap draws for intervals.")
     head_seeds: Tally = Field(
         default=10,

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from vitft import images
-from vitft.chapters import chapters, notes, steps
+from vitft.chapters import chapters, figures, notes, steps
 from vitft.errors import VitftError
 from vitft.evaluate import Predictions, Scores
 from vitft.explain import Looker, Overlays
@@ -75,6 +75,7 @@ def page(
         split=IN_WORDS[p.test_split],
         notes=notes(found),
         intervals=found.intervals,
+        figures=figures(found),
         steps=steps(found),
         extras=chapters(p, learned.rungs, found, lambda row: _thumbnail(p, row)),
         warnings=p.warnings if p.test_split == "test" else (*p.warnings, NO_TEST),
