@@ -149,7 +149,9 @@ def find(p: Prepared, learned: Learned, predictions: Predictions, val: Predictio
         accepted=chosen[1],
         offers=offers,
         foreign=foreign,
-        alarms=_alarms(p, x, foreign, predictions) if x is not None else None,
+        alarms=_alarms(p, x, foreign, predictions)
+        if foreign is not None and x is not None
+        else None,
         nearest=nearest,
         links=links,
         honest=_honest(p, links, right) if links is not None else None,
