@@ -327,3 +327,43 @@ def test_the_ladder_may_end_with_fine_tuning(tiny_recipe):
     result = run(tiny_recipe("ladder", steps, "ladder.stop=false", "train.blocks=1"))
     stored = json.loads((result.folder / "metrics.json").read_text())
     assert [r["step"] for r in stored["ladder"]] == ["logistic", "blocks", "full"]
+
+
+def test_the_next_run_honours_the_fixes_that_a_run_proposed(tiny_recipe, tmp_path):
+    """Planted: a photograph of red under blue is listed, relabelled and leaves the folder alone."""
+    planted = tmp_path / "photos" / "blue" / "stranger.jpg"
+    original = tmp_path / "photos" / "red" / "red_00.jpg"
+    planted.write_bytes(original.read_bytes())
+    original.unlink()
+    before = sorted((tmp_path / "photos").rglob("*.jpg"))
+    first = run(tiny_recipe("probe"))
+    listed = {r["path"]: r for r in rows(first.folder / "fixes.csv")}
+    assert (listed["blue/stranger.jpg"]["action"], listed["blue/stranger.jpg"]["label"]) in {
+        ("relabel", "red"),
+        ("drop", ""),
+    }
+    fixes, split = first.folder / "fixes.csv", first.folder / "split.csv"
+    again = run(tiny_recipe("probe", f"data.fixes={fixes}", f"data.split={split}"))
+    now = {r["path"]: r["label"] for r in rows(again.folder / "split.csv")}
+    for path, fix in listed.items():
+        assert now.get(path) == {"relabel": fix["label"], "drop": None}[fix["action"]]
+    assert sorted((tmp_path / "photos").rglob("*.jpg")) == before
+    assert len(again.folder.joinpath("fixes.csv").read_text().splitlines()) <= len(listed)
+
+
+@pytest.mark.parametrize(
+    ("mode", "what"), [("head", "head seeds"), ("probe", "draws of the training photographs")]
+)
+def test_a_band_of_heads_stands_beside_the_interval(tiny_recipe, mode, what):
+    """Bit for bit the same band each time, and as wide as what differs."""
+    result = run(tiny_recipe(mode, "trust.head_seeds=3", "trust.foreign_alarms=0.2"))
+    trust = json.loads((result.folder / "metrics.json").read_text())["trust"]
+    band = trust["seed_band"]
+    assert (band["count"], band["what"]) == (3, what)
+    assert 0 <= band["low"] <= band["mean"] <= band["high"] <= 1
+    assert f"3 {what}: " in (result.folder / "report.html").read_text()
+    assert set(trust["seconds"]) >= {"leaks", "suspects", "seed band", "intervals", "nearest"}
+    assert trust["foreign_alarms"]["n"] == 9
+    again = run(tiny_recipe(mode, "trust.head_seeds=3"))
+    stored = json.loads((again.folder / "metrics.json").read_text())["trust"]["seed_band"]
+    assert stored == band

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
+from vitft import io
 from vitft.errors import DataError
 from vitft.run import run
-from vitft.verify import main, verify
+from vitft.verify import _weights, main, verify
 
 
 @pytest.fixture
@@ -51,6 +52,22 @@ def test_a_flipped_byte_in_the_product_ends_the_comparison(finished):
     assert not checks["model"].ok
     assert "model.safetensors" in checks["model"].text
     assert "predictions" not in checks
+
+
+def test_one_changed_byte_of_the_starting_weights_is_named(tiny_recipe, tmp_path):
+    file = tmp_path / "weights.safetensors"
+    file.write_bytes((run(tiny_recipe("probe")).folder / "model/model.safetensors").read_bytes())
+    was = io.sha256_file(file)
+    spec = tiny_recipe("probe", f"model.weights={file}")
+    assert _weights(spec, was).ok
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    changed = _weights(spec, was)
+    assert not changed.ok
+    assert changed.text == (f"{file} has sha256 {io.sha256_file(file)[:12]}, it was {was[:12]}")
+    file.unlink()
+    assert not _weights(spec, was).ok
 
 
 def test_numbers_that_were_changed_by_hand_are_found(finished):

@@ -403,17 +403,18 @@ def band_of_heads(p: Prepared, learned: Learned) -> tuple[str, list[float]]:
     views). A solved one has none: there the seed decides which photographs train, so train and val
     are drawn anew within each class, as large as they were. A trained backbone is trained once.
     """
-    seeds = range(1, p.recipe.trust.head_seeds + 1)
-    if learned.train_views is not None:
-        return "head seeds", [_seeded(p, learned, learned.train_views, k) for k in seeds]
-    if learned.backbone_frozen and {"train", "val"} <= learned.features.keys():
-        return "draws of the training photographs", [_redrawn(p, learned, k) for k in seeds]
-    return "", []
-
-
-def _seeded(p: Prepared, learned: Learned, views: Features, k: int) -> float:
-    """Accuracy of a head trained once more, from another seed."""
+    seeds, views = range(1, p.recipe.trust.head_seeds + 1), learned.train_views
+    drawn = learned.backbone_frozen and {"train", "val"} <= learned.features.keys()
+    if not seeds or (views is None and not drawn):
+        return "", []
     scored = learned.features.get(p.test_split) or extract(p, p.test_split)
+    if views is not None:
+        return "head seeds", [_seeded(p, learned, views, scored, k) for k in seeds]
+    return "draws of the training photographs", [_redrawn(p, learned, scored, k) for k in seeds]
+
+
+def _seeded(p: Prepared, learned: Learned, views: Features, scored: Features, k: int) -> float:
+    """Accuracy of a head trained once more, from another seed."""
     seed = derive_seed(p.recipe.seed, "band", k)
     head = nn.Linear(scored.x.shape[2], len(p.index.classes))
     with torch.random.fork_rng([]):
@@ -425,10 +426,9 @@ def _seeded(p: Prepared, learned: Learned, views: Features, k: int) -> float:
     return evaluate.accuracy(head_predictions(head, scored, p.device))
 
 
-def _redrawn(p: Prepared, learned: Learned, k: int) -> float:
+def _redrawn(p: Prepared, learned: Learned, scored: Features, k: int) -> float:
     """Accuracy of a head solved on another draw of train and val together."""
     train, val = learned.features["train"], learned.features["val"]
-    scored = learned.features.get(p.test_split) or extract(p, p.test_split)
     if p.test_split == "val":  # what is scored must not train
         x, y = train.x[0], train.y
     else:
