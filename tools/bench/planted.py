@@ -66,7 +66,10 @@ def measure(folder: Path, name: str, weights: str, seeds: int) -> dict[str, Any]
     base = Path(__file__).resolve().parents[2] / "recipes" / "flowers_probe.yaml"
     p = prepare.prepare(recipe.load(base, changes), fallback=False)
     learned = Learned((), {}, {s: learn.extract(p, s) for s in ("train", "val", "test")}, True)
-    x = all_features(p, learned, [])
+    why: list[str] = []
+    x = all_features(p, learned, why)
+    if x is None:
+        raise ValueError("; ".join(why))
     truth = np.asarray(p.index.labels)
     found: dict[str, Any] = {"photographs": len(truth), "ways": {way: [] for way in WAYS}}
     print(f"{name}: {len(truth):,} photographs, {SHARE:.0%} of the labels planted, {seeds} seeds")
