@@ -512,8 +512,8 @@ train.compile train.patience train.class_weights train.sampling train.grad_check
 train.patch_drop train.checkpoint_minutes
 probe.kind probe.strengths probe.refit probe.tol probe.max_iter
 ladder.steps ladder.stop
-trust.calibrate trust.suspects trust.learning_curve trust.audit trust.max_error trust.bootstrap
-trust.head_seeds trust.foreign_alarms
+trust.calibrate trust.suspects trust.learning_curve trust.audit trust.max_error
+trust.foreign_alarms trust.bootstrap trust.head_seeds
 report.gallery report.thumbnail report.max_images report.csv_safe
 export.as_timm
 offline.model.name offline.model.weights offline.data.root

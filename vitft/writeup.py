@@ -55,7 +55,7 @@ def page(
     )
     return Page(
         title=spec.name,
-        subtitle=f"{spec.model.name} · weights {spec.model.weights} · mode {spec.mode}",
+        subtitle=f"{spec.model.name} · weights {_weights(spec.model.weights)} · mode {spec.mode}",
         classes=p.index.classes,
         scores=scores,
         answers=answers,
@@ -82,6 +82,11 @@ def page(
         mistakes=spec.report.gallery,
         max_images=spec.report.max_images,
     )
+
+
+def _weights(name: str) -> str:
+    """As a reader knows them: of a file its name, not where it lies."""
+    return Path(name).name if Path(name).is_absolute() else name
 
 
 def _temperature(found: Findings) -> float:
