@@ -54,9 +54,9 @@ class Variant:
 
     @property
     def difference(self) -> tuple[float, Interval] | None:
-        """Accuracy minus PyTorch's, photograph by photograph, and its interval."""
+        """Accuracy minus PyTorch's, photograph by photograph, and its interval; not its own."""
         a = self.agreement
-        if a.lost is None or a.gained is None:
+        if self.megabytes is None or a.lost is None or a.gained is None:
             return None
         return (a.gained - a.lost) / a.n, paired_interval(a.lost, a.gained, a.n)
 
@@ -153,16 +153,16 @@ def table(folder: Path) -> list[str]:
         a = row["agreement"]
         size = "-" if row["megabytes"] is None else f"{row['megabytes']:.1f}"
         lines.append(
-            f"{row['name']:<9} {size:>7} {_points(row['accuracy']):>20} "
+            f"{row['name']:<9} {size:>7} {_points(row['accuracy'], missing='not known'):>20} "
             f"{_points(row['difference'], '+'):>20} {a['same']:>4}/{a['n']:<4} "
             f"{a['probability']:>12.1e} {row['ms_one']:>9.1f} {row['per_second']:>9.1f}"
         )
     return lines
 
 
-def _points(found: Mapping[str, float] | None, sign: str = "") -> str:
+def _points(found: Mapping[str, float] | None, sign: str = "", missing: str = "-") -> str:
     """`87.5 [80.4, 92.3]` in percent."""
     if found is None:
-        return "labels not known"
+        return missing
     value, low, high = (100 * found[name] for name in ("value", "low", "high"))
     return f"{value:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
