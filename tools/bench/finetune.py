@@ -27,15 +27,17 @@ from vitft.prepare import Prepared
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL, FULL = "finetune_small_cpu.yaml", "flowers_full.yaml"
 KEPT = ("train.views=1",)
+TWO, FOUR, SIX = ((*KEPT, f"train.blocks={k}") for k in (2, 4, 6))
 WHOLE = ("train.layer_decay=0.75",)
 WAYS: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> recipe, overrides
     "probe": ("flowers_probe.yaml", ()),
-    "last 2, lr 1e-4": (SMALL, (*KEPT, "train.lr=1e-4")),
-    "last 2, lr 3e-5": (SMALL, (*KEPT, "train.lr=3e-5")),
-    "last 2, lr 3e-4": (SMALL, (*KEPT, "train.lr=3e-4")),
-    "last 4, lr 1e-4": (SMALL, (*KEPT, "train.blocks=4", "train.lr=1e-4")),
-    "last 6, lr 1e-4": (SMALL, (*KEPT, "train.blocks=6", "train.lr=1e-4")),
-    "last 2, fresh head": (SMALL, (*KEPT, "train.init_head=fresh")),
+    "last 2, lr 1e-4": (SMALL, (*TWO, "train.lr=1e-4")),
+    "last 2, lr 3e-5": (SMALL, (*TWO, "train.lr=3e-5")),
+    "last 2, lr 3e-4": (SMALL, (*TWO, "train.lr=3e-4")),
+    "last 4, lr 1e-4": (SMALL, (*FOUR, "train.lr=1e-4")),
+    "last 6, lr 1e-4": (SMALL, (*SIX, "train.lr=1e-4")),
+    "last 2, fresh head": (SMALL, (*TWO, "train.init_head=fresh")),
+    "last 4, lr 3e-4": (SMALL, (*FOUR, "train.lr=3e-4")),
     "all, half the patches": (FULL, (*WHOLE, "train.epochs=5", "train.patch_drop=0.5")),
     "all": (FULL, (*WHOLE, "train.epochs=5")),
 }

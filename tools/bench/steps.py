@@ -27,6 +27,7 @@ from vitft.recipe import TrainSpec
 from vitft.train import Trainer
 
 RATE, DECAY, CLASSES = 1e-4, 0.05, 5
+DISTINCT = 4  # synthetic batches; a round takes them again and again
 PAIRS = {  # ours -> timm's, weights of one serving the other
     "vitflower_ti16": "vit_tiny_patch16_224",
     "vitflower_s16": "vit_small_patch16_224",
@@ -50,12 +51,13 @@ class Synthetic:
     def __init__(self, count: int, size: int, side: int, device: torch.device) -> None:
         draw = torch.Generator().manual_seed(0)
         self.batch_size = size
-        self.ready: list[Batch] = []
-        for k in range(count):
+        drawn: list[Batch] = []
+        for k in range(min(count, DISTINCT)):
             y = torch.randint(CLASSES, (size,), generator=draw)
             x = torch.randn(size, 3, side, side, generator=draw) + y.view(-1, 1, 1, 1) / CLASSES
             rows = torch.arange(k * size, (k + 1) * size)
-            self.ready.append((x.to(device), y.to(device), rows))
+            drawn.append((x.to(device), y.to(device), rows))
+        self.ready = [drawn[k % len(drawn)] for k in range(count)]
 
     def __len__(self) -> int:
         return len(self.ready)
