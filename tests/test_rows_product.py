@@ -277,6 +277,9 @@ def test_P10_addresses_and_standard_input_are_refused_in_words(
 def test_P11_ties_go_to_the_first_class():
     answer = Answer(Path("x"), np.array([0.2, 0.4, 0.4]))
     assert top(answer, COLOURS, 3) == [("green", 0.4), ("red", 0.4), ("blue", 0.2)]
+    many = [str(k) for k in range(1000)]
+    ties = Answer(Path("x"), np.repeat([0.0005, 0.0015], 500))
+    assert [name for name, _ in top(ties, many, 1000)] == [*many[500:], *many[:500]]
 
 
 def deep(raw):
