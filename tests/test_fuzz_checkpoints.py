@@ -309,7 +309,8 @@ def test_no_changed_byte_of_a_checkpoint_is_believed(tmp_path, count):
 
 def fuzz_checkpoints(folder: Path, count: int) -> Bounds:
     tensors = {f"model/{i}": torch.randn(20) for i in range(5)}
-    path = checkpoint.save(folder, Snapshot(1, 0, 1, tensors, {"a": 1.5}), identity={"b": 2})
+    numbers = {"a": 1.5, "history": []}
+    path = checkpoint.save(folder, Snapshot(1, 0, 1, tensors, numbers), identity={"b": 2})
     found = fuzz_sealed(path, lambda: checkpoint.load(path, identity={"b": 2}), count, "checkpoint")
     assert checkpoint.newest(folder) == path
     return found

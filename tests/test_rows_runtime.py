@@ -362,10 +362,10 @@ def test_X8_a_single_image_that_does_not_fit_ends_with_numbers_and_a_whole_check
     t = trainer(net, spec={"ema": None, "checkpoint_minutes": 0.0}, save=save)
     update = t._gradients
 
-    def gradients(pending):
+    def gradients(*pending, **how):
         if t.state.step >= 3:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return update(pending)
+        return update(*pending, **how)
 
     monkeypatch.setattr(t, "_gradients", gradients)
     with pytest.raises(MachineError) as caught:

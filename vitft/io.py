@@ -738,7 +738,7 @@ def require_writable(folder: Path) -> None:
 def lies_in(path: Path, folder: Path) -> bool:
     """Whether what is written under a name lands in a folder, or replaces it."""
     landing = Path(os.path.realpath(path.parent), path.name)  # a link to a file is replaced itself
-    if path.is_dir():
+    if os.path.isdir(path):  # noqa: PTH112  (False, not an error, where it may not be seen)
         landing = Path(os.path.realpath(path))
     return landing.is_relative_to(os.path.realpath(folder))
 

@@ -330,10 +330,7 @@ def _sentence(scores: Scores, split: str, folder: Path) -> str:
 # -- the command line -----------------------------------------------------------------------------
 
 
-EPILOG = """example:
-  python -m vitft.run recipes/flowers_head.yaml data.root=photos/ seed=1
-
-several GPUs of one machine, and several machines under Slurm (one torchrun on each):
+EPILOG = """several GPUs of one machine, and several machines under Slurm (one torchrun on each):
   torchrun --standalone --nproc-per-node 4 -m vitft.run RECIPE
 
   #SBATCH --nodes=2 --ntasks-per-node=1 --gpus-per-node=4 --signal=TERM@120
@@ -348,6 +345,9 @@ several GPUs of one machine, and several machines under Slurm (one torchrun on e
   processes (CUDA only). Probes, heads on kept features and ladders share the features; the rest
   is the first process's. A signal to torchrun saves a checkpoint, for which it gives 30 s; start
   again with --resume auto. torchrun itself ends with 1, whatever its processes end with.
+
+example:
+  python -m vitft.run recipes/flowers_head.yaml data.root=photos/ seed=1
 """
 
 

@@ -13,6 +13,7 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -26,11 +27,15 @@ JSON_KEYS = ("label", "cls")
 
 
 def kind(root: Path) -> str:
-    """`wds` or `hfds` where a root can be nothing else; empty for a folder or a CSV."""
-    if root.suffix.lower() == ".tar" and root.is_file():
-        return "wds"
-    if (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
-        return "hfds"
+    """`wds` or `hfds` where a root can be nothing else; empty for a folder or a CSV.
+
+    A root that may not be looked into is left to the reader of folders, which says so.
+    """
+    with suppress(PermissionError):
+        if root.suffix.lower() == ".tar" and root.is_file():
+            return "wds"
+        if (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
+            return "hfds"
     return ""
 
 
