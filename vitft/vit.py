@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from vitft import console
 from vitft.errors import RecipeError
 from vitft.hybrid import Embed, HybridEmbed, pair
+from vitft.kernels import linear_gelu
 
 POOLS = ("", "token", "avg")
 POSITIONS = {  # timm says "learn"; both spellings build the same model
@@ -217,9 +218,18 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        x = self.drop1(self.act(self.fc1(x)))  # [B, T, 4 D]
+        x = self.drop1(self._hidden(x))  # [B, T, 4 D]
         x = self.drop2(self.fc2(x))  # [B, T, D]
         return x
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        """`act(fc1 x)`; as one kernel where nobody learns from it, listens in or sits on it."""
+        exact = type(self.act) is nn.GELU and self.act.approximate == "none"
+        heard = self.fc1._forward_hooks or self.act._forward_hooks or self.fc1._forward_pre_hooks
+        if torch.is_grad_enabled() or not exact or heard or type(self.fc1) is not nn.Linear:
+            hidden: Tensor = self.act(self.fc1(x))
+            return hidden
+        return linear_gelu(x, self.fc1.weight, self.fc1.bias)
 
 
 class Block(nn.Module):
