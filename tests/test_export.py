@@ -11,9 +11,9 @@ import torch
 import yaml
 from conftest import paint
 from PIL import Image
-from rows import COLOURS, TINY, card, contents, make_product, network, refused
+from rows import COLOURS, CONFIG, TINY, card, contents, make_product, network, refused
 
-from vitft import export, graph, io, product, proof, variants
+from vitft import doubt, export, graph, io, product, proof, variants
 from vitft.errors import MachineError, RecipeError, VitftError, WeightsError
 from vitft.export import Order, main, selftest
 from vitft.hubpage import page
@@ -283,7 +283,7 @@ def test_the_hub_page_has_licence_numbers_with_intervals_and_says_what_is_not_ap
     assert metric["value"] == pytest.approx(told["accuracy"])
     low, high = told["accuracy_interval"]["low"], told["accuracy_interval"]["high"]
     assert f"| Accuracy | {told['accuracy']:.3f} | {low:.3f} to {high:.3f} |" in text
-    for key, words in (("before", "of the plain softmax"), ("after", "with the temperature")):
+    for key, words in (("before", "without the temperature"), ("after", "with the temperature")):
         found = json.loads((finished / "metrics.json").read_text())["trust"][f"calibration_{key}"]
         ends = found["ece_interval"]
         between = f"{ends['low']:.3f} to {ends['high']:.3f}"
@@ -295,10 +295,27 @@ def test_the_hub_page_has_licence_numbers_with_intervals_and_says_what_is_not_ap
     assert "35 images: one image is 2.9 points." in text
     assert "A class with fewer than 30 photographs has a first impression" in text
     assert "**not applied** in this format" in text
+    assert "trained with vitft: vitflower\\_ti16, from random weights" in text  # not in a code span
     assert "250 photographs of 250 found were used" in text
     applied = page(replace(of_run, temperature=1.0), None, "mit", golden="flowers", divided=1.25)
     assert "a temperature of 1.2500 was fitted" in applied
     assert "not applied" not in applied
+
+
+def test_predict_calls_the_same_pictures_foreign_after_the_head_was_divided(pictures, tmp_path):
+    rng = np.random.default_rng(0)
+    train, held, new = (rng.normal(1, 1, (n, 16)).astype(np.float32) for n in (40, 30, 50))
+    logits = [5 * rng.normal(0, 1, (n, 3)) for n in (30, 50)]
+    known = doubt.fit_foreign(train, held, logits[0])
+    source = tmp_path / "made" / "model"
+    of_run, tables = card(temperature=1.7), known.tensors()
+    product.save(network(), source, of_run, CONFIG, as_timm=False, tables=tables)
+    first, second = tmp_path / "first", tmp_path / "second"
+    for model, out in ((source, first), (first, second)):  # an export of an export, too
+        export.export(model, out, Order("timm"), given(pictures))
+        there = doubt.Foreign.from_tensors(product.load_tables(out))
+        found = there.score(new, logits[1] / 1.7)
+        np.testing.assert_allclose(found, known.score(new, logits[1]), rtol=1e-4, atol=1e-4)
 
 
 def test_names_from_anyone_are_text_on_the_hub_page():

@@ -31,12 +31,14 @@ from typing import Any, cast
 import numpy as np
 import timm
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from vitft import card as cards
 from vitft import console, encode, graph, hubpage, io, product, proof, variants
 from vitft.card import Card
 from vitft.console import say, warn
+from vitft.doubt import TIMES
 from vitft.errors import Fault, RecipeError, VitftError, WeightsError, escape
 from vitft.graph import Deployed, Runner
 from vitft.inputs import InputConfig, TransformSpec, normalise
@@ -173,7 +175,7 @@ def _write(sent: Sent, model: Path, folder: Path, order: Order) -> None:
             card,
             config_of(transform),
             as_timm=True,
-            tables=product.load_tables(model),
+            tables=_tables(model, sent),
         )
     except RecipeError as error:
         text = error.faults[0].text
@@ -184,6 +186,15 @@ def _write(sent: Sent, model: Path, folder: Path, order: Order) -> None:
         run_or_none = run if (run / "metrics.json").is_file() else None
         text = hubpage.page(card, run_or_none, order.licence, golden=golden, divided=sent.divided)
         io.write_text(folder / "README.md", text)
+
+
+def _tables(model: Path, sent: Sent) -> dict[str, NDArray[Any]]:
+    """What predict uses beside the weights, told that the head was divided."""
+    tables = product.load_tables(model)
+    if not tables:
+        return {}
+    times = np.asarray(tables.get(TIMES, 1.0), np.float32).ravel() * np.float32(sent.divided)
+    return tables | {TIMES: times}
 
 
 def config_of(transform: TransformSpec) -> InputConfig:

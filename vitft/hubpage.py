@@ -24,7 +24,7 @@ WORDS = {
     "log_loss": "Log loss",
 }
 CALIBRATIONS = {  # keys of metrics.json's trust -> how the probabilities were made
-    "calibration_before": "Calibration error of the plain softmax",
+    "calibration_before": "Calibration error without the temperature",
     "calibration_after": "Calibration error with the temperature",
 }
 HUB_NAMES = {"accuracy": "accuracy", "macro_f1": "f1"}  # metrics that the hub shows
@@ -50,7 +50,7 @@ def page(card: Card, run: Path | None, licence: str, *, golden: str, divided: fl
         f"# {_plain(_title(card))}",
         "",
         f"An image classifier for {len(card.classes):,} classes, trained with vitft: "
-        f"`{_plain(card.architecture)}`, {_start(card)}. It opens in timm and in transformers:",
+        f"{_plain(card.architecture)}, {_start(card)}. It opens in timm and in transformers:",
         "",
         "```python",
         "import timm, transformers",
@@ -182,7 +182,7 @@ def _start(card: Card) -> str:
         return "its starting weights are not known"
     given = {"none": "from random weights", "bundled": f"from {BUNDLED}"}
     base = _base_model(card)
-    named = f"`{_plain(base)}`" if base else f"the file {_plain(Path(spec.model.weights).name)}"
+    named = _plain(base) if base else f"the file {_plain(Path(spec.model.weights).name)}"
     return given.get(spec.model.weights, f"from {named}")
 
 
@@ -287,7 +287,7 @@ def _data(card: Card, told: Mapping[str, Any]) -> Iterator[str]:
         names = ", ".join(_plain(c) for c in card.classes[:SHOWN])
         yield f"Classes: {names}{', ...' if len(card.classes) > SHOWN else ''}."
     if "data" in card.hashes:
-        yield f"\nsha256 over photographs, labels and split: `{_plain(card.hashes['data'])}`."
+        yield f"\nsha256 over photographs, labels and split: {_plain(card.hashes['data'])}."
 
 
 def _licence(card: Card, licence: str) -> Iterator[str]:
