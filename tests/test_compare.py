@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from conftest import paint
 from markup import Markup
+from rows import contents
 
 from vitft import compare, io, recipe, stats
 from vitft.cli import door
@@ -214,6 +215,32 @@ def test_the_page_shows_the_disagreements(tmp_path):
     assert {f"{CLASSES[i % 2]}/{i:03d}.jpg" for i in range(n) if f"/{i:03d}.jpg" in said} == {
         f"{CLASSES[i % 2]}/{i:03d}.jpg" for i in (6, 7, 8, 9)
     }
+
+
+def test_a_page_never_lies_in_the_data_nor_replaces_what_was_read(tmp_path):
+    photos, right = tmp_path / "photos", np.arange(12) < 8
+    for i in range(12):
+        paint(photos / CLASSES[i % 2] / f"{i:03d}.jpg", (20 * i, 90, 90), seed=i)
+    table = tmp_path / "list" / "photos.csv"
+    io.write_text(table, "path,label\n")
+    elsewhere = tmp_path / "list" / "daisy" / "000.jpg"  # a CSV names files and owns no folder
+    paint(elsewhere, (90, 90, 90), seed=0)
+    runs = [
+        write_run(tmp_path / "a", right, photos=photos),
+        write_run(tmp_path / "b", right, photos=table),
+    ]
+    refused = (
+        photos / "page.html", photos / "daisy" / "000.jpg", table, elsewhere,
+        runs[0] / "split.csv", runs[1] / "model" / "x.html",
+    )  # fmt: skip
+    (runs[1] / "model").mkdir()
+    before = contents(tmp_path)
+    for target in refused:
+        with pytest.raises(RecipeError, match=r"cli\.out_in_data") as caught:
+            compare.main([*map(str, runs), "--html", str(target)])
+        assert str(target) in str(caught.value)
+    assert contents(tmp_path) == before
+    assert compare.main([*map(str, runs), "--html", str(tmp_path / "list" / "page.html")]) == 0
 
 
 def test_the_page_needs_no_photographs(tmp_path, two):

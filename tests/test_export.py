@@ -13,7 +13,7 @@ from conftest import paint
 from PIL import Image
 from rows import COLOURS, CONFIG, TINY, card, contents, make_product, network, refused
 
-from vitft import doubt, export, graph, io, product, proof, variants
+from vitft import doubt, export, graph, io, product, proof, recipe, variants
 from vitft.errors import MachineError, RecipeError, VitftError, WeightsError
 from vitft.export import Order, main, selftest
 from vitft.hubpage import page
@@ -316,6 +316,26 @@ def test_predict_calls_the_same_pictures_foreign_after_the_head_was_divided(pict
         there = doubt.Foreign.from_tensors(product.load_tables(out))
         found = there.score(new, logits[1] / 1.7)
         np.testing.assert_allclose(found, known.score(new, logits[1]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("out", ["photos/new", "photos/deep/new", "photos/empty", "model/new"])
+def test_nothing_is_exported_below_the_data_or_into_a_model(pictures, tmp_path, capsys, out):
+    photos = tmp_path / "photos"
+    (photos / "empty").mkdir(parents=True)
+    run_folder = tmp_path / "run"
+    model = make_product(run_folder / "model")
+    spec = recipe.parse(
+        f"mode: head\ndata: {{root: {json.dumps(str(photos))}}}", "r.yaml", tmp_path
+    )
+    io.write_text(run_folder / "recipe.resolved.yaml", recipe.dump(spec))
+    target = model / "new" if out == "model/new" else tmp_path / out
+    before = contents(tmp_path)
+    refused(
+        capsys, main, [run_folder, "-o", target, "--format", "timm", "--images", *pictures],
+        code=2, id="cli.out_in_data", says=(str(target), "where vitft never writes"),
+        fix="name a place elsewhere",
+    )  # fmt: skip
+    assert contents(tmp_path) == before
 
 
 def test_names_from_anyone_are_text_on_the_hub_page():

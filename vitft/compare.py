@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from vitft import console, gallery, images, io, recipe, stats
 from vitft.console import say
-from vitft.errors import DataError, MachineError, RecipeError, VitftError, escape
+from vitft.errors import DataError, MachineError, RecipeError, escape
 from vitft.pages import Bullets, Gallery, Photo, Section, Table, percent, render
 from vitft.pages import Share as Cell
 from vitft.stats import Difference, Interval
@@ -30,6 +30,7 @@ from vitft.table import Row, read_table
 THUMBNAIL = 160  # pixels
 SHOWN = 200  # photographs in each part of the page
 NEEDED = ("predictions.csv", "split.csv")
+ON_VAL = "compared on val, which also chose epochs and settings: optimistic"
 LEAST = 1e-15  # of a probability inside a logarithm
 FIX = "name a finished run folder, such as runs/flowers_head/latest"
 
@@ -232,6 +233,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         rule = f"takes 2 to {len(ascii_uppercase)} run folders, got {len(args.runs)}"
         raise RecipeError.of("compare.runs", "vitft compare", rule, "name one folder for each run")
     runs = [read_run(f, letter) for f, letter in zip(args.runs, ascii_uppercase, strict=False)]
+    if args.html:
+        _require_elsewhere(args.html, runs)
     result = compare(runs)
     print(text(result))  # noqa: T201
     if args.html:
@@ -264,6 +267,17 @@ def _numbers(rows: Sequence[Row], cell: Callable[[Row], str], path: Path) -> Flo
     if not ((values >= 0) & (values <= 1 + 1e-6)).all():
         raise DataError.of("compare.inside", path, "a probability is outside [0, 1]", FIX)
     return values
+
+
+def _require_elsewhere(out: Path, runs: Sequence[Run]) -> None:
+    """Refuses a page below the data of a run, or in place of what it read."""
+    for run in runs:
+        kept = [run.folder / "model", *(run.folder / name for name in NEEDED)]
+        io.require_outside(out, [*recipe.data_of(run.folder), *kept])
+        root = _root(run.folder)
+        if root is not None and out.exists():  # photographs of a CSV, or behind links, lie anywhere
+            rows = _table(run.folder / "split.csv")
+            io.require_outside(out, (root / row.get("path") for row in rows))
 
 
 def _require_same(a: Run, b: Run) -> None:
@@ -303,7 +317,7 @@ def _notes(runs: Sequence[Run], pairs: int) -> tuple[str, ...]:
             f" {len(runs)} runs looks better on this split than it will elsewhere"
         )
     if any(run.split != "test" for run in runs):
-        notes.append("compared on val, which also chose epochs and settings: optimistic")
+        notes.append(ON_VAL)
     unlike = [run.letter for run in runs if run.trained != runs[0].trained]
     if unlike:
         others = ", ".join(unlike)
@@ -402,12 +416,8 @@ class _Pictures:
 
 def _root(folder: Path) -> Path | None:
     """Where a run's photographs lie, by its recipe; None where they do not any more."""
-    try:
-        root = Path(recipe.load(folder / "recipe.resolved.yaml", []).data.root)
-    except VitftError:
-        return None
-    root = root.parent if root.suffix.lower() == ".csv" else root
-    return root if root.is_dir() else None
+    found = recipe.data_of(folder)
+    return next((root if root.is_dir() else root.parent for root in found), None)
 
 
 def _thumbnail(path: Path, sha256: str) -> bytes | None:

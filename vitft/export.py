@@ -362,6 +362,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if good else VitftError.exit_code
     _check(args)
     order = Order(args.format, args.uint8, args.variants, args.licence, args.private)
+    io.require_outside(args.out, [*args.images, *product.sealed(args.model)])
     require_free(args.out)
     evidence = proof.gather(args.model, args.images, args.limit)
     say(f"comparing on {evidence.what}")

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vitft import checkpoint, io, weights
+from vitft import checkpoint, io, recipe, weights
 from vitft.card import KEY, OURS, text_of
 from vitft.card import Card as Card
 from vitft.card import decode_of as decode_of
@@ -173,13 +173,13 @@ def find_file(path: Path) -> Path:
 
 
 def sealed(path: Path) -> tuple[Path, ...]:
-    """What of a model a reader names must not change: its folder, if that has a manifest."""
+    """Where nothing may be written: a model's folder, if it has a manifest, and its run's data."""
     try:
         file = find_file(path)
     except WeightsError:
         return ()  # told when it is loaded
     whole = (file.parent / io.MANIFEST).is_file()
-    return (file.parent,) if whole else (file,)
+    return (file.parent if whole else file, *recipe.data_of(file.parent.parent))
 
 
 def _unfinished(folder: Path) -> WeightsError:

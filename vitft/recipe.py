@@ -154,6 +154,23 @@ def parse(
     return recipe
 
 
+def data_of(run: Path) -> tuple[Path, ...]:
+    """The folder or CSV file that a finished run learned from, where nothing may be written.
+
+    Args:
+        run: Its folder.
+
+    Returns:
+        None or one that is there: no recipe, and data that came with a name (`sample:flowers`,
+        `flower_photos`) are nobody's folder.
+    """
+    try:
+        root = load(run / "recipe.resolved.yaml").data.root
+    except RecipeError:
+        return ()
+    return (Path(root),) if os.path.exists(root) else ()  # noqa: PTH110  (False where not allowed)
+
+
 # --- from the file to a draft -----------------------------------------------------------------
 
 
