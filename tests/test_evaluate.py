@@ -48,6 +48,9 @@ def test_per_class_numbers_equal_scikit_learns():
     np.testing.assert_allclose(got, expected)
     assert s.log_loss == pytest.approx(metrics.log_loss(p.labels, p.probabilities()))
     assert log_loss(p) == pytest.approx(s.log_loss)
+    warm = score(p, CLASSES, 2.0)
+    assert warm.log_loss == pytest.approx(metrics.log_loss(p.labels, p.probabilities(2.0)))
+    assert warm.log_loss != pytest.approx(s.log_loss)
     assert accuracy(p) == s.accuracy
     assert s.top_k[3] == pytest.approx(
         metrics.top_k_accuracy_score(p.labels, p.logits, k=3, labels=range(4))

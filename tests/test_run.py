@@ -102,6 +102,13 @@ def test_predict_gives_the_runs_own_predictions_exactly(tiny_recipe, tmp_path, m
         columns = [k for k in b if k.startswith("p:")]
         assert [float(a[k]) for k in columns] == [float(b[k]) for k in columns]
     assert capsys.readouterr().out.count("%") == 27
+    told = json.loads((result.folder / "metrics.json").read_text())
+    assert told["trust"]["temperature"]["value"] != 1
+    loss = -np.mean([np.log(float(r[f"p:{r['label']}"])) for r in theirs])
+    assert told["test"]["log_loss"] == pytest.approx(loss)  # of the probabilities that are told
+    assert told["trust"]["calibration_after"]["log_loss"] == pytest.approx(loss)
+    ends = told["test"]["log_loss_interval"]
+    assert ends["low"] <= loss <= ends["high"]
 
 
 @pytest.mark.parametrize("mode", ["head", "full"])
@@ -349,6 +356,16 @@ def test_the_next_run_honours_the_fixes_that_a_run_proposed(tiny_recipe, tmp_pat
         assert now.get(path) == {"relabel": fix["label"], "drop": None}[fix["action"]]
     assert sorted((tmp_path / "photos").rglob("*.jpg")) == before
     assert len(again.folder.joinpath("fixes.csv").read_text().splitlines()) <= len(listed)
+
+
+@pytest.mark.parametrize("refit", [True, False])
+def test_nothing_is_promised_on_photographs_that_the_head_has_learned(tiny_recipe, refit):
+    options = ["trust.max_error=0.45", f"probe.refit={json.dumps(refit)}", "probe.strengths=[1]"]
+    result = run(tiny_recipe("probe", *options))
+    trust = json.loads((result.folder / "metrics.json").read_text())["trust"]
+    assert trust["abstain"]["promised"] is not refit
+    assert ("probe.refit let the head learn" in trust["abstain"]["words"]) is refit
+    assert any("probe.refit" in line for line in trust["left_out"]) is refit
 
 
 @pytest.mark.parametrize(

@@ -114,12 +114,13 @@ def in_fixed_shape(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         return forward(x)[:n]
 
 
-def score(predictions: Predictions, classes: Sequence[str]) -> Scores:
+def score(predictions: Predictions, classes: Sequence[str], temperature: float = 1.0) -> Scores:
     """Turns predictions into the numbers of the report.
 
     Args:
         predictions: N >= 1 rows.
         classes: C names; their order is the order of rows and columns.
+        temperature: Of the probabilities, which decide about the log loss alone.
 
     Returns:
         Scores over all C classes, those without photographs included (support 0).
@@ -151,7 +152,7 @@ def score(predictions: Predictions, classes: Sequence[str]) -> Scores:
             np.mean([c.recall for c, p in zip(per_class, present, strict=True) if p])
         ),
         macro_f1=float(metrics.f1_score(y, guess, labels=labels, average="macro", zero_division=0)),
-        log_loss=float(metrics.log_loss(y, predictions.probabilities(), labels=labels)),
+        log_loss=float(metrics.log_loss(y, predictions.probabilities(temperature), labels=labels)),
         majority=float(confusion.sum(axis=1).max() / n),
         top_k=_top_k(predictions, ks=(3, 5)),
         per_class=per_class,

@@ -8,7 +8,7 @@ left out and said to be.
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,10 @@ SMALLEST_CLASS = 16  # train photographs of a class from which a curve can be dr
 NEIGHBOURS = 3  # train photographs shown beside a mistake
 BLOCK = 256  # scored photographs compared at once
 LEAST_PER_FOLD = 4  # photographs of the rarest class for a fold to mean anything
+UNSURE = (
+    "whether temperature, thresholds and the limit for foreign pictures hold: probe.refit let the "
+    "head learn from val, where they were chosen; set probe.refit: false to rely on them"
+)
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,11 @@ class Findings:
     left_out: tuple[str, ...]
     seconds: dict[str, float]
 
+    @property
+    def applied(self) -> float:
+        """What logits are divided by wherever a probability is told; 1 where none was fitted."""
+        return self.temperature.value if self.temperature else 1.0
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values for `metrics.json`; arrays of the size of the data are counted only."""
         out: dict[str, Any] = {
@@ -117,7 +126,7 @@ def find(p: Prepared, learned: Learned, predictions: Predictions, val: Predictio
         val: Of val.
     """
     spec, clock = p.recipe.trust, _Clock()
-    left_out: list[str] = []
+    left_out = [UNSURE] if _val_is_known(p) else []
     temperature = None
     if spec.calibrate:
         temperature = clock("calibration", lambda: trust.fit_temperature(val.logits, val.labels))
@@ -125,7 +134,7 @@ def find(p: Prepared, learned: Learned, predictions: Predictions, val: Predictio
     before = clock("calibration", lambda: _calibration(p, predictions, 1.0))
     after = clock("calibration", lambda: _calibration(p, predictions, t)) if temperature else None
     targets = [e for e in (spec.max_error or 0.0, *ERRORS) if e]
-    offers = clock("abstaining", lambda: {e: _offer(predictions, val, t, e) for e in targets})
+    offers = clock("abstaining", lambda: {e: _offer(p, predictions, val, t, e) for e in targets})
     chosen = offers.pop(spec.max_error) if spec.max_error else (None, None)
     x = clock("features", lambda: all_features(p, learned, left_out))
     links = clock("leaks", lambda: copies(p, x)) if spec.audit else None
@@ -137,7 +146,7 @@ def find(p: Prepared, learned: Learned, predictions: Predictions, val: Predictio
         growth, gains = clock("learning curve", lambda: _growth(p, learned, x, left_out))
     right = predictions.logits.argmax(axis=1) == predictions.labels
     band = clock("seed band", lambda: _band(p, learned))
-    intervals = clock("intervals", lambda: _intervals(p, predictions))
+    intervals = clock("intervals", lambda: _intervals(p, predictions, t))
     foreign = clock("foreign pictures", lambda: _foreign(p, x, val)) if x is not None else None
     nearest = clock("nearest", lambda: _nearest(p, x)) if x is not None else None
     say(f"what the findings cost: {cost(clock.seconds)}")
@@ -196,10 +205,18 @@ def _calibration(p: Prepared, predictions: Predictions, temperature: float) -> t
     )
 
 
+def _val_is_known(p: Prepared) -> bool:
+    """Whether the head has learned from val, so that nothing chosen there can be promised."""
+    return p.recipe.probe.refit and p.recipe.mode in ("probe", "ladder")
+
+
 def _offer(
-    predictions: Predictions, val: Predictions, temperature: float, max_error: float
+    p: Prepared, predictions: Predictions, val: Predictions, temperature: float, max_error: float
 ) -> tuple[doubt.Abstain, doubt.Accepted]:
     chosen = doubt.abstain(val.probabilities(temperature), val.labels, max_error)
+    if _val_is_known(p):
+        words = "a best guess, not a promise: probe.refit let the head learn from val"
+        chosen = replace(chosen, promised=False, words=words)
     probabilities = predictions.probabilities(temperature)
     return chosen, doubt.accepted(probabilities, predictions.labels, chosen.threshold)
 
@@ -328,7 +345,9 @@ def _band(p: Prepared, learned: Learned) -> trust.SeedBand | None:
     return band
 
 
-def _intervals(p: Prepared, predictions: Predictions) -> dict[str, stats.Interval]:
+def _intervals(
+    p: Prepared, predictions: Predictions, temperature: float
+) -> dict[str, stats.Interval]:
     """Stratified bootstrap intervals of what has no formula."""
     count, seed = p.recipe.trust.bootstrap, p.recipe.seed
     guess = predictions.logits.argmax(axis=1)
@@ -336,7 +355,7 @@ def _intervals(p: Prepared, predictions: Predictions) -> dict[str, stats.Interva
     confusion = np.bincount(predictions.labels * c + guess, minlength=c * c).reshape(c, c)
     losses = -np.log(
         np.maximum(
-            predictions.probabilities()[np.arange(len(guess)), predictions.labels],
+            predictions.probabilities(temperature)[np.arange(len(guess)), predictions.labels],
             np.finfo(np.float64).tiny,
         )
     )

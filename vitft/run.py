@@ -142,8 +142,8 @@ def _run(
     answers = predict_split(p, learned, split)
     val = answers if split == "val" else predict_split(p, learned, "val")
     p = replace(p, ranks=p.ranks.alone())
-    scores = evaluate.score(answers, p.index.classes)
     found = findings.find(p, learned, answers, val)
+    scores = evaluate.score(answers, p.index.classes, found.applied)
     for line in summary.lines(scores, found.intervals, found.after or found.before):
         say(line)
     _write_product(p, scores, found, folder)

@@ -21,7 +21,7 @@ def headline(
     """The headline numbers, each with `<name>_interval`; fractions 0 to 1.
 
     Args:
-        scores: Of the scored split.
+        scores: Of the scored split, the log loss with the temperature that predict applies.
         intervals: Of `balanced_accuracy`, `macro_f1` and `log_loss`.
         calibration: Of the probabilities that predictions.csv holds.
     """

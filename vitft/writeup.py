@@ -51,7 +51,7 @@ def page(
         paths=[p.index.paths[i] for i in rows],
         labels=predictions.labels,
         guesses=predictions.logits.argmax(axis=1).astype(np.int64),
-        probabilities=predictions.probabilities(_temperature(found)),
+        probabilities=predictions.probabilities(found.applied),
     )
     return Page(
         title=spec.name,
@@ -87,10 +87,6 @@ def page(
 def _weights(name: str) -> str:
     """As a reader knows them: of a file its name, not where it lies."""
     return Path(name).name if Path(name).is_absolute() else name
-
-
-def _temperature(found: Findings) -> float:
-    return found.temperature.value if found.temperature else 1.0
 
 
 def _nearest(p: Prepared, found: Findings, row: int, answers: Answers) -> tuple[Photo, ...]:
