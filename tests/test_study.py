@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rows import contents
 
 from vitft import charts, recipe, run, study, trials
 from vitft.errors import RecipeError
@@ -72,6 +73,13 @@ def test_sentences_say_which_is_better_only_where_it_is():
     assert ": distinguishable for this seed, p < 0.0001, 1 seed and" in single.sentence()
 
 
+def test_one_seed_takes_the_exact_test_as_compare_does():
+    a = np.arange(100)[None] >= 5  # wrong on five photographs that the other has right
+    (pair,) = trials.contrasts({"a": a, "b": np.ones((1, 100), bool)})
+    assert pair.difference.p == pytest.approx(2 * 0.5**5)
+    assert not pair.distinguishable  # Student's t would claim p = 0.025
+
+
 # --- files ---------------------------------------------------------------------------------------
 
 
@@ -108,6 +116,10 @@ def written(tmp_path, text):
         ("question: q\nbase: b\narms: {a: [lr], b: []}\n", r"arms.a.0: String should match"),
         ("question: q\nquestion: r\n", "line 2"),
         ("question: q\nbase: b\narms: {a: [], b: []}\nshares: [0]\n", "shares.0: Input should be"),
+        (
+            "question: q\nbase: b\narms: {a: [], b: []}\nseeds: [1, 1]\n",
+            "seeds: .*one of them twice",
+        ),
     ],
 )
 def test_faults_of_a_study_file_are_told(tmp_path, text, what):
@@ -171,6 +183,18 @@ def test_a_study_runs_goes_on_and_says_what_it_found(small, tmp_path, monkeypatc
     monkeypatch.setattr(run, "run", forbidden)
     again = study.study(small, out)
     assert study.sentences(again) == said.splitlines()
+    next((tmp_path / "photos" / "red").iterdir()).unlink()  # other photographs, other runs
+    with pytest.raises(AssertionError, match="was run again"):
+        study.study(small, out)
+
+
+def test_a_study_is_never_written_below_the_data(small, tmp_path):
+    photos = tmp_path / "photos"
+    before = contents(photos)
+    for out in (photos, photos / "study", photos / "red" / "deep" / "study"):
+        with pytest.raises(RecipeError, match=r"cli\.out_in_data.*never writes"):
+            study.main([str(small), "--output", str(out)])
+    assert contents(photos) == before
 
 
 def test_one_amount_is_drawn_over_epochs_and_several_over_photographs():
@@ -182,6 +206,9 @@ def test_one_amount_is_drawn_over_epochs_and_several_over_photographs():
     plan = study.Plan(question="q", base="b", arms={"a": (), "b": ()}, seeds=(0, 1))
     one = [outcome(arm, 1.0, s, [True, False, s == 1], 30) for arm in "ab" for s in (0, 1)]
     found = study.conclude(plan, one)
+    assert not any("optimistic" in line for line in study.sentences(found))
+    one[0].run.split = "val"
+    assert "compared on val, which also chose epochs" in study.sentences(found)[-1]
     drawn = study.chart(found)
     assert (drawn.x_label, drawn.y_label) == ("epoch", "accuracy on val")
     assert drawn.series[0].y == pytest.approx([0.2, 0.45])

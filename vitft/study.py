@@ -17,10 +17,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
-from pydantic import Field, Strict, ValidationError
+from pydantic import AfterValidator, Field, Strict, ValidationError
 
 from vitft import compare, console, io, pages, prepare, recipe, run, strict_yaml, trials
 from vitft.assign import COLUMNS
@@ -29,6 +29,7 @@ from vitft.console import say
 from vitft.errors import RecipeError, escape
 from vitft.recipe import Recipe
 from vitft.schema import Section, Seed, Text
+from vitft.table import read_table
 from vitft.trials import Contrast, Mean
 
 QUIET = (  # what a study does not look at
@@ -39,14 +40,25 @@ Change = Annotated[str, Strict(), Field(pattern=r"^[\w.]+=")]
 Share = Annotated[float, Strict(), Field(gt=0, le=1, allow_inf_nan=False)]
 
 
+def _each_once(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A run told twice would be counted as two that agree."""
+    if len(set(values)) < len(values):
+        raise ValueError("names one of them twice")
+    return values
+
+
+Seeds = Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(_each_once)]
+Shares = Annotated[tuple[Share, ...], Field(min_length=1), AfterValidator(_each_once)]
+
+
 class Plan(Section):
     """What a study file says."""
 
     question: Text
     base: Text
     arms: dict[Text, tuple[Change, ...]] = Field(min_length=2, max_length=6)
-    shares: tuple[Share, ...] = Field(default=(1.0,), min_length=1)
-    seeds: tuple[Seed, ...] = Field(default=(0, 1, 2), min_length=1)
+    shares: Shares = (1.0,)
+    seeds: Seeds = (0, 1, 2)
     changes: tuple[Change, ...] = ()
     full: "Full | None" = None
 
@@ -55,8 +67,8 @@ class Full(Section):
     """What `--full` changes: another size of the same study, for a GPU."""
 
     arms: dict[Text, tuple[Change, ...]] | None = Field(default=None, min_length=2, max_length=6)
-    shares: tuple[Share, ...] | None = Field(default=None, min_length=1)
-    seeds: tuple[Seed, ...] | None = Field(default=None, min_length=1)
+    shares: Shares | None = None
+    seeds: Seeds | None = None
     changes: tuple[Change, ...] = ()
 
 
@@ -184,13 +196,19 @@ def carry_out(made: Sequence[Trial]) -> list[Outcome]:
 
 
 def _finished(trial: Trial) -> Path | None:
-    """A finished run of the very same recipe."""
-    wanted = recipe.dump(trial.spec)
+    """A finished run of the very same recipe on the very same photographs."""
+    wanted, split = recipe.dump(trial.spec), _photographs(Path(str(trial.spec.data.split)))
     for folder in sorted((Path(str(trial.spec.output)) / trial.spec.name).glob("2*"), reverse=True):
         said = folder / "recipe.resolved.yaml"
-        if (folder / "metrics.json").is_file() and said.read_text("utf-8") == wanted:
+        whole = (folder / "metrics.json").is_file() and said.read_text("utf-8") == wanted
+        if whole and _photographs(folder / "split.csv") == split:
             return folder
     return None
+
+
+def _photographs(split: Path) -> set[tuple[str, ...]]:
+    columns = ("path", "sha256", "label", "split")
+    return {tuple(row.get(c) for c in columns) for row in read_table(split, required=columns)}
 
 
 def _read(trial: Trial, folder: Path) -> Outcome:
@@ -280,8 +298,12 @@ def sentences(found: Findings) -> list[str]:
     """The answer, one line for each pair, and what limits it."""
     seeds = found.pairs[0].difference.seeds
     lines = [pair.sentence() for pair in found.pairs]
+    if len(lines) > 1:
+        lines.append(f"p is adjusted for {len(lines)} comparisons (Holm); intervals are not")
     if seeds == 1:
         lines.append("one seed: how much of this is its luck was not measured")
+    if found.outcomes[0].run.split != "test":
+        lines.append(compare.ON_VAL)
     return lines
 
 
@@ -333,10 +355,12 @@ def study(
         full: The study's larger form.
 
     Raises:
-        VitftError: Whatever is wrong with study, recipes, data or machine.
+        RecipeError: `cli.out_in_data`: the folder lies below the data.
+        VitftError: Whatever else is wrong with study, recipes, data or machine.
     """
     plan = load(path, full=full)
     base = base_recipe(plan, path, overrides)
+    io.require_outside(folder, [Path(base.data.root)])
     io.make_dir(folder)
     splits = write_splits(base, plan.shares, folder)
     found = conclude(plan, carry_out(trials_of(plan, path, folder, splits, overrides)))
