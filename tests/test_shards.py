@@ -217,6 +217,35 @@ def test_a_data_sets_own_splits_and_class_order_are_kept(tmp_path, tiny_photos):
     assert index.paths[0] == "train/data-00000-of-00001.arrow/00"
 
 
+def test_a_label_is_the_place_of_a_name_even_where_names_are_numbers(tmp_path, tiny_photos):
+    """Class folders 1, 2, 10 make the ClassLabel names 1, 10, 2: label 1 means 10."""
+    rows = [(body, CLASSES.index(name)) for body, name in samples(tiny_photos)]
+    index = scan(write_hfds(tmp_path / "h", {"train": rows}, ("1", "10", "2")))
+    assert index.classes == ("1", "10", "2")
+    told = {sha256(body).hexdigest(): label for body, label in rows}
+    assert {s: int(y) for s, y in zip(index.sha256, index.labels, strict=True)} == told
+
+
+def test_splits_that_number_their_classes_differently_are_refused(tmp_path, tiny_photos):
+    rows = [(body, CLASSES.index(name)) for body, name in samples(tiny_photos)]
+    root = write_hfds(tmp_path / "h", {"validation": rows[1::2]}, CLASSES[::-1])
+    write_hfds(root, {"train": rows[::2]})
+    (root / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "validation"]}))
+    refused(root, "data.sample", "['red', 'green', 'blue']", "before it ['blue', 'green', 'red']")
+    (root / "classes.txt").write_text("\n".join(CLASSES))  # what the user says overrules both
+    assert scan(root).classes == CLASSES
+
+
+@pytest.mark.parametrize("about", [b"{", b"[]", b'{"info": {"features": 1}}'])
+def test_metadata_of_another_kind_is_said(tmp_path, about):
+    pa = pytest.importorskip("pyarrow")
+    root = write_hfds(tmp_path / "h", {"train": [(JPEG, 0)]})
+    schema = pa.schema([("image", pa.int64())], metadata={b"huggingface": about})
+    with pa.ipc.new_stream(str(next(root.rglob("*.arrow"))), schema):
+        pass
+    refused(root, "data.sample", "metadata cannot be read")
+
+
 def test_a_single_tar_is_known_by_its_name(tmp_path, tiny_photos):
     parts = {f"{n}/{i}.jpg": body for i, (body, n) in enumerate(samples(tiny_photos))}
     assert scan(write_tar(tmp_path / "one.tar", parts)).ledger.used == 60
@@ -242,6 +271,7 @@ JPEG = b"\xff\xd8\xff"
     [
         ({"1.jpg": JPEG}, "data.sample", "sample 1 has no label"),
         ({"1.jpg": JPEG, "1.png": JPEG, "1.cls": b"a"}, "data.sample", "sample 1 has 2 pictures"),
+        ({"1.jpg": JPEG, "1.JPG": b"", "1.cls": b"a"}, "data.sample", "has 1.jpg and 1.JPG"),
         ({"1.jpg": JPEG, "1.json": b"[" * 99_999}, "data.sample", "has no label"),
         ({"../1.jpg": JPEG, "1.cls": b"a"}, "data.shard", "would lead out of it"),
         ({"/etc/1.jpg": JPEG}, "data.shard", "would lead out of it"),
@@ -264,6 +294,29 @@ def test_broken_shards_are_said_all_at_once(tmp_path, tiny_photos):
             tar.addfile(tarfile.TarInfo("1.jpg"))
     with pytest.raises(DataError, match="holds 1.jpg twice"):
         containers.members(twice)
+
+
+def test_nothing_behind_a_damaged_header_or_in_a_second_tar_is_lost_in_silence(tmp_path):
+    parts = {f"{k}.jpg": JPEG for k in range(3)}
+    whole = write_tar(tmp_path / "a.tar", parts).read_bytes()
+    assert len(containers.members(tmp_path / "a.tar").spans) == 3
+    spoiled = bytearray(whole)
+    spoiled[1024] ^= 1  # the second member's name
+    for body in (spoiled, whole + whole, whole[: 2 * 1024 + 100]):
+        (tmp_path / "b.tar").write_bytes(bytes(body))
+        with pytest.raises(DataError, match=r"data.shard.*has more behind byte \d"):
+            containers.members(tmp_path / "b.tar")
+
+
+def test_a_sparse_member_is_counted_since_its_bytes_are_no_picture(tmp_path):
+    info = tarfile.TarInfo("GNUSparseFile.0/1.jpg")
+    about = {"major": "1", "minor": "0", "name": "1.jpg", "realsize": "5"}
+    info.pax_headers = {f"GNU.sparse.{key}": value for key, value in about.items()}
+    body = b"1\n0\n5\n".ljust(512, b"\0") + b"12345"
+    info.size = len(body)
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(info, memory.BytesIO(body))
+    assert containers.members(tmp_path / "a.tar") == containers.Tar({}, 1)
 
 
 def test_what_is_no_folder_of_shards_is_said(tmp_path):

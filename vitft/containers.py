@@ -68,7 +68,8 @@ def members(file: Path) -> Tar:
 
     Raises:
         OSError: It cannot be opened.
-        DataError: `data.shard`: no tar, cut off, a name twice, or one that leads out of it.
+        DataError: `data.shard`: no tar, cut off, damaged in its midst, two tars in one file, a name
+            twice, or one that leads out of it.
     """
     status = file.stat()
     return _members(file, status.st_size, status.st_mtime_ns)
@@ -82,13 +83,14 @@ def _members(file: Path, size: int, changed: int) -> Tar:
         with tarfile.open(file, "r:") as tar:
             for member in tar:
                 cast(Any, tar).members = []  # it would keep every header
-                if member.type not in REGULAR:
+                if member.type not in REGULAR or member.issparse():
                     others += 1
                     continue
                 name = _safe(file, member.name)
                 if name in spans:
                     raise _bad(file, f"holds {name} twice")
                 spans[name] = (member.offset_data, member.size)
+            read_to = cast(Any, tar).offset
     except BROKEN as error:
         if isinstance(error, DataError):
             raise
@@ -97,7 +99,20 @@ def _members(file: Path, size: int, changed: int) -> Tar:
     end = max((start + length for start, length in spans.values()), default=0)
     if end > size:
         raise _bad(file, f"is cut off: {size:,} bytes, and its last member ends at {end:,}")
+    _require_end(file, read_to)
     return Tar(spans, others)
+
+
+def _require_end(file: Path, start: int) -> None:
+    """Only zeros may follow where reading stopped: tarfile stops at a damaged header in silence."""
+    with file.open("rb") as handle:
+        handle.seek(start)
+        while block := handle.read(2**20):
+            if block.strip(b"\0"):
+                text = (
+                    f"has more behind byte {start:,}, where reading ends: a damaged header, or a "
+                )
+                raise _bad(file, text + "second tar")
 
 
 def _safe(file: Path, name: str) -> str:

@@ -66,14 +66,14 @@ def read_shards(root: Path, source: str, *, split: str, extensions: Sequence[str
     faults: list[Fault] = []
     ignored: Counter[str] = Counter()
     entries: list[Entry] = []
-    names: tuple[str, ...] = _class_names(root)
+    names = own = _class_names(root)
     base = root if root.is_dir() else root.parent
     for file in files:
         relative = file.relative_to(base).as_posix()
         try:
             if source == "hfds":
                 found, declared = _rows(file)
-                names = names or declared
+                names = own or _agreed(file, names, declared)
             else:
                 found = _samples(file, (*EXTENSIONS, *extensions), ignored)
             for name, label in found:
@@ -107,14 +107,23 @@ def _listing(
 
 
 def _named(base: Path, entry: Entry, names: tuple[str, ...]) -> Entry:
-    """A label that is a number is the place of a name."""
-    if entry.label in names:
+    """A label that is a number is the place of a name, even where names are numbers."""
+    if entry.label in names and not entry.label.isdecimal():
         return entry
     if not entry.label.isdecimal() or int(entry.label) >= len(names):
         text = f"label {entry.label!r} is none of {len(names):,} classes"
         fix = f"correct the label, or {NAMES} beside the shards"
         raise DataError.of("data.sample", base / entry.path, text, fix)
     return Entry(entry.path, names[int(entry.label)], entry.split)
+
+
+def _agreed(file: Path, names: tuple[str, ...], declared: tuple[str, ...]) -> tuple[str, ...]:
+    """The one list of classes that label numbers of every file are places in."""
+    if names and declared and names != declared:
+        text = f"declares classes {list(declared)[:5]}, a file before it {list(names)[:5]}"
+        fix = "give all splits the same classes in the same order, and save_to_disk again"
+        raise DataError.of("data.sample", file, text, fix)
+    return names or declared
 
 
 def _class_names(root: Path) -> tuple[str, ...]:
@@ -203,7 +212,11 @@ def _samples(file: Path, accept: Sequence[str], ignored: Counter[str]) -> Iterat
     for name in tar.spans:
         folder, _, last = name.rpartition("/")
         stem, _, ending = last.partition(".")
-        samples[f"{folder}/{stem}"]["." + ending.lower()] = name
+        parts = samples[f"{folder}/{stem}"]
+        if "." + ending.lower() in parts:
+            text = f"sample {stem} has {parts['.' + ending.lower()]} and {name}"
+            raise DataError.of("data.sample", file, text, "give one of the two another key")
+        parts["." + ending.lower()] = name
     for key, parts in samples.items():
         pictures = [n for ending, n in parts.items() if ending in accept]
         others = len(parts) - len(pictures)
@@ -243,11 +256,21 @@ def _text(file: Path, name: str) -> str:
 # -- Arrow ----------------------------------------------------------------------------------------
 
 
+def _features(file: Path, rows: Any) -> dict[str, Any]:
+    """What the data set says of its columns."""
+    try:
+        about = json.loads((rows.schema.metadata or {}).get(b"huggingface", b"{}"))
+        features = about.get("info", {}).get("features", {})
+        return dict(features)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        text = f"its huggingface metadata cannot be read ({type(error).__name__}: {error})"
+        raise DataError.of("data.sample", file, text, "save it again by save_to_disk") from None
+
+
 def _rows(file: Path) -> tuple[Iterator[tuple[str, str]], tuple[str, ...]]:
     """Row numbers with labels, and the class names that the file declares."""
     rows = containers.table(file)
-    about = json.loads((rows.schema.metadata or {}).get(b"huggingface", b"{}"))
-    features = about.get("info", {}).get("features", {})
+    features = _features(file, rows)
     classes = [k for k, f in features.items() if isinstance(f, dict) and "names" in f]
     fix = "rename the columns to image and label, keep one of each, and save_to_disk again"
     try:
