@@ -240,6 +240,15 @@ def test_batch_normalisation_is_refused_on_the_cpu(tiny_recipe):
         prepare._check_ranks(replace(p, ranks=Ranks(0, 2)))
 
 
+def test_joined_batch_normalisation_keeps_the_activation_that_timm_puts_into_it(tiny_recipe):
+    p = prepare.prepare(tiny_recipe("full", "model.name=test_efficientnet", "model.options={}"))
+    images, net = torch.randn(2, 3, *p.config.size), p.net.eval()
+    before = net(images)
+    prepare._check_ranks(replace(p, ranks=Ranks(0, 2), device=torch.device("cuda")))
+    assert any(isinstance(m, torch.nn.SyncBatchNorm) for m in net.modules())
+    assert torch.equal(net(images), before)
+
+
 @pytest.mark.nightly
 @pytest.mark.timeout(1800)
 def test_torchrun_starts_it_and_hands_signals_on(runs, undisturbed):

@@ -4,12 +4,14 @@ import math
 
 import pytest
 import torch
+from timm.task import ClassificationTask
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitft import checkpoint, train
 from vitft.errors import DivergedError, RecipeError, WeightsError
 from vitft.inputs import permutation
+from vitft.ranks import Ranks
 from vitft.recipe import TrainSpec
 from vitft.train import Stopped, Trainer, set_train_mode
 
@@ -297,6 +299,14 @@ def test_frozen_parts_stay_in_eval_mode():
     net.requires_grad_(True)
     set_train_mode(net)
     assert all(m.training for m in net)
+
+
+def test_no_forward_exchanges_buffers_since_ranks_may_make_unequally_many(monkeypatch):
+    """One that ends out of memory is begun anew in smaller parts, on that rank alone."""
+    said = {}
+    monkeypatch.setattr(ClassificationTask, "prepare_distributed", lambda self, **k: said.update(k))
+    trainer(network(), ranks=Ranks(0, 2))
+    assert said["broadcast_buffers"] is False
 
 
 def test_a_checkpoint_of_another_run_is_refused_with_the_difference(tmp_path):

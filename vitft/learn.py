@@ -30,7 +30,7 @@ from vitft.evaluate import Predictions
 from vitft.features import Features
 from vitft.inputs import derive_seed
 from vitft.loaders import Photos
-from vitft.prepare import Prepared, batch_size, class_weight, trains_model
+from vitft.prepare import Prepared, batch_size, class_weight, kept_views, trains_model
 
 MIDDLE = 1e-2  # strength where none was chosen: on flowers within the plateau of the path
 
@@ -88,7 +88,7 @@ def share_features(p: Prepared) -> Prepared:
     if p.ranks.world == 1 or trains_model(p.recipe):
         return p
     model.freeze_backbone(p.net)
-    views = int(p.recipe.head.views) if p.recipe.mode in ("head", "ladder") else 1
+    views = kept_views(p.recipe)
     for split in ("train", "val", "test"):
         if len(p.index.rows(split)):
             extract(p, split)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from timm.layers.norm_act import convert_sync_batchnorm
 from torch import nn
 
 from vitft import data, model, offline, pace, tune
@@ -277,7 +278,7 @@ def _check_ranks(prepared: Prepared) -> None:
         fix = "start one process, or take a model without batch normalisation"
         raise RecipeError.of("train.ranks", recipe.place("model.name"), text, fix)
     if norms:
-        nn.SyncBatchNorm.convert_sync_batchnorm(prepared.net)  # type: ignore[no-untyped-call]
+        convert_sync_batchnorm(prepared.net)  # type: ignore[no-untyped-call]  # timm's: keeps act
 
 
 def trains_model(recipe: Recipe) -> bool:
@@ -359,8 +360,13 @@ def _seconds(recipe: Recipe, sizes: dict[str, int], forward: float, step: float)
     if step:
         per_epoch = sizes["train"] / step + sizes["val"] / forward
         return recipe.train.epochs * per_epoch + sizes["test"] / forward
+    return (sizes["train"] * kept_views(recipe) + rest) / forward
+
+
+def kept_views(recipe: Recipe) -> int:
+    """Views per training photograph whose features are kept."""
     views = recipe.head.views if recipe.mode in ("head", "ladder") else 1
-    return (sizes["train"] * int(views) + rest) / forward
+    return 1 if views == "online" else int(views)
 
 
 def environment(prepared: Prepared) -> dict[str, Any]:

@@ -166,7 +166,8 @@ class Trainer:
             self.task.compile(mode="reduce-overhead" if graphs else None)
         if ranks.world > 1:
             ids = [self.device.index or 0] if self.device.type == "cuda" else None
-            self.task.prepare_distributed(device_ids=ids)
+            # buffers are equal anyway, and a rank that runs out of memory would miss one exchange
+            self.task.prepare_distributed(device_ids=ids, broadcast_buffers=False)
         self.unread: list[_Unread] = []
         self.rehearsals = REHEARSED if ranks.world > 1 else 0
         self.precision = _precision(spec, self.device)
