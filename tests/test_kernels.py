@@ -53,6 +53,13 @@ def test_values_and_gradients_are_those_of_torch(shape, bias, threads, convoluti
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+def test_arguments_by_name_are_torchs_own_business():
+    x, weight = rand(2, 5, 16), rand(8, 16)
+    with kernels.fast_linear(CPU):
+        got = F.linear(input=x, weight=weight)
+    assert torch.equal(got, F.linear(x, weight))
+
+
 @pytest.mark.parametrize(
     ("x", "weight"),
     [

@@ -75,6 +75,8 @@ def test_rows_have_places_as_far_as_the_budget_reaches(shared):
     room.put(3, np.zeros((4, 4, 3), np.uint8))  # past the budget
     assert room.get(2) is None
     assert room.get(3) is None
+    room._shapes[2] = torch.tensor([1, 2, 0])  # as seen in the midst of another process's writing
+    assert room.get(2) is None
     np.testing.assert_array_equal(room.get(1), arrays[1])
     assert Pictures([12], 11, shared=shared).get(0) is None
 

@@ -231,6 +231,12 @@ CONFLICTS = [
         "are all there",
     ),
     (
+        "mode: full\ntrain: {views: 1, blocks: 2, grad_checkpointing: true}",
+        "train.grad_checkpointing: true",
+        "train.views: 1",
+        "run as they are",
+    ),
+    (
         "mode: full\ntrain: {views: 2, blocks: 2, mixup: 0.2}",
         "train.mixup: 0.2",
         "train.views: 2",

@@ -224,7 +224,8 @@ def test_C33_what_cannot_change_the_result_may_change(full, monkeypatch, tmp_pat
     whole = run.run(full())
     folder = interrupted(monkeypatch, full(), after=CUT)
     moved = (tmp_path / "photos").rename(tmp_path / "moved")
-    spec = full("train.checkpoint_minutes=5", "report.gallery=3", f"data.root={moved}")
+    memory = ("train.pictures_gb=0", "train.activations_gb=1")
+    spec = full("train.checkpoint_minutes=5", "report.gallery=3", f"data.root={moved}", *memory)
     resumed = run.run(spec, resume=str(folder))
     assert_same_weights(whole.folder, resumed.folder)
     assert json.loads((folder / "metrics.json").read_text())["changed_before_resuming"] == []

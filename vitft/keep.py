@@ -27,7 +27,7 @@ TRIES = 3  # saves in a row that may fail
 HARMLESS = {
     "schema_version", "name", "output", "device", "data.root", "model.weights", "model.sha256",
     "model.embed.weights",
-    "train.workers", "train.checkpoint_minutes",
+    "train.workers", "train.checkpoint_minutes", "train.pictures_gb", "train.activations_gb",
 }  # fmt: skip
 HARMLESS_SECTIONS = {"report", "trust", "export", "offline"}
 

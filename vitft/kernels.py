@@ -73,9 +73,10 @@ class _FastLinear(TorchFunctionMode):
             return _gelu_of_product(*args)
         return func(*args, **(kwargs or {}))
 
-    def _serves(self, x: Tensor, weight: Tensor | None = None) -> bool:
+    def _serves(self, x: Tensor | None = None, weight: Tensor | None = None) -> bool:
         return (
-            weight is not None
+            x is not None  # by position, not by name
+            and weight is not None
             and x.dim() >= self.dims
             and x.numel() > 0
             and x.dtype == weight.dtype == torch.float32

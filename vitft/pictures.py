@@ -46,7 +46,7 @@ class Pictures:
         if row >= self.count:
             return None
         shape = self._shapes[row].tolist()
-        if not shape[0]:
+        if not all(shape):
             return None
         place = self._block.numpy()[self._starts[row] :][: math.prod(shape)]
         return place.reshape(shape)

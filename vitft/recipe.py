@@ -569,6 +569,10 @@ def _tail(r: Recipe) -> Iterator[Clash]:
     if t.patch_drop:
         why = "the patches of kept activations are all there"
         yield "train.patch_drop", "train.views", why, "set train.patch_drop: 0"
+    if t.grad_checkpointing:
+        why = "the few blocks behind kept activations are run as they are"
+        fix = "set train.grad_checkpointing: false"
+        yield "train.grad_checkpointing", "train.views", why, fix
     yield from _kept("train.views", t.views, t)
 
 
