@@ -5,4 +5,4 @@ Importing it registers the `vitflower_*` Vision Transformers with timm, and does
 
 from vitft.vit import VisionTransformer as VisionTransformer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -24,7 +24,6 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,8 +33,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from vitft import __version__, console, encode, graph, hubpage, io, product, proof, variants
 from vitft import card as cards
-from vitft import console, encode, graph, hubpage, io, product, proof, variants
 from vitft.card import Card
 from vitft.console import say, warn
 from vitft.doubt import TIMES
@@ -210,7 +209,7 @@ def about(sent: Sent, order: Order) -> dict[str, Any]:
     graphed = order.format in GRAPHS
     return {
         "format": order.format,
-        "vitft": version("vitft"),
+        "vitft": __version__,
         "uint8": order.uint8,
         "input": _input(transform, order),
         "outside": _outside(transform, order),

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vitft import pace
+from vitft import __version__, pace
 from vitft.console import say, track
 from vitft.errors import VitftError
 from vitft.evaluate import fixed_batch, in_fixed_shape
@@ -177,8 +177,9 @@ def _about(photos: Photos, backbone_key: str, computing: torch.dtype) -> dict[st
 @cache
 def library_versions() -> dict[str, str]:
     """Everything whose next version may decode, resize or compute a little differently."""
-    names = ("vitft", "timm", "torchvision", "pillow", "numpy")
-    return {name: version(name) for name in names} | {"torch": torch.__version__}
+    names = ("timm", "torchvision", "pillow", "numpy")
+    own = {"vitft": __version__, "torch": torch.__version__}
+    return {name: version(name) for name in names} | own
 
 
 def _missing(space: Space, photos: Photos, view: int) -> NDArray[np.int64]:

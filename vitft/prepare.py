@@ -13,7 +13,7 @@ import torch
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import nn
 
-from vitft import data, model, offline, pace, tune
+from vitft import __version__, data, model, offline, pace, tune
 from vitft.console import say, warn
 from vitft.errors import DataError, MachineError, RecipeError
 from vitft.evaluate import fixed_batch
@@ -374,9 +374,9 @@ def environment(prepared: Prepared) -> dict[str, Any]:
     import platform
     from importlib.metadata import version
 
-    packages = ("vitft", "torch", "timm", "torchvision", "numpy", "scikit-learn", "pillow")
+    packages = ("torch", "timm", "torchvision", "numpy", "scikit-learn", "pillow")
     return {
-        "versions": {"python": platform.python_version()}
+        "versions": {"python": platform.python_version(), "vitft": __version__}
         | {p: version(p) for p in packages}
         | {"torch": torch.__version__},  # which build, too
         "platform": platform.platform(),
