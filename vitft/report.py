@@ -289,9 +289,9 @@ def _figures(page: Page) -> list[tuple[str, str, str]]:
         ("Macro F1", share("macro_f1", s.macro_f1), "precision and recall, mean of the classes"),
         *(
             (
-                f"Among the {k} likeliest",
+                f"Top {k}",
                 f"{percent(v)} {wilson(round(v * s.n), s.n).percent()}",
-                "where the label is one of them",
+                f"the label is among the {k} likeliest",
             )
             for k, v in sorted(s.top_k.items())
         ),
