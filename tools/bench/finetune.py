@@ -128,7 +128,8 @@ def rows_of(runs: list[dict[str, Any]]) -> list[Row]:
         return []
     chosen = max(tuned, key=lambda way: statistics.mean(gains(runs, way, "val")))
     over = shared(runs, chosen)
-    many = f"over {len(over)} splits of {sum(runs[0]['photographs']):,} photographs, "
+    splits = f"{len(over)} split{'s' * (len(over) > 1)}"
+    many = f"over {splits} of {sum(runs[0]['photographs']):,} photographs, "
     many += f"{runs[0]['size']} px"
     what = f"fine-tuned ({chosen}, as val chose) minus frozen probe on test, {many}"
     found = gains(runs, chosen, "test")

@@ -20,7 +20,15 @@ from record import figure
 HERE = Path(__file__).resolve().parent
 RESULTS, README = HERE / "results", HERE.parents[1] / "README.md"
 BEGIN, END = "<!-- begin: made by tools/bench/readme.py -->", "<!-- end -->"
-ORDER = ("frozen_end_to_end", "extract", "probe_sweep", "memory", "views", "loader")  # then others
+ORDER = (
+    "accuracy",
+    "frozen_end_to_end",
+    "extract",
+    "probe_sweep",
+    "train_cpu",
+    "predict",
+    "loader",
+)
 NEEDED = ("bench", "quick", "machine", "rows")
 Record = dict[str, Any]
 
@@ -149,9 +157,10 @@ def _places(columns: dict[str, list[Record]]) -> list[str]:
 
 def _place(m: dict[str, Any]) -> str:
     what = m["processor"] if m["device"] == "cpu" else m["device"]
+    threads = f"{m['threads']} thread{'s' * (m['threads'] > 1)}"
     return (
-        f"{what}, {m['threads']} threads, torch {m['torch']}, timm {m['timm']}, "
-        f"{m['date']}, commit {m['commit']}"
+        f"{what}, {threads}, torch {m['torch']}, timm {m['timm']}, {m['date']}, "
+        f"commit {m['commit']}"
     )
 
 
