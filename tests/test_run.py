@@ -309,6 +309,25 @@ def test_a_killed_full_run_is_resumed_to_the_same_bits(tiny_recipe, monkeypatch)
     assert_equal_tensors(whole.folder, resumed.folder)
 
 
+def test_a_run_killed_before_its_report_is_finished_by_resuming(tiny_recipe, monkeypatch):
+    from vitft import report
+
+    def killed(*args, **how):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_recipe("full"))
+    monkeypatch.undo()
+    resumed = run(tiny_recipe("full"), resume="auto")
+    assert [f.name for f in resumed.folder.parent.glob("2*")] == [resumed.folder.name]
+    assert (resumed.folder / "report.html").exists()
+    assert len(resumed.history) == 2
+    assert_equal_tensors(run(tiny_recipe("full")).folder, resumed.folder)
+    with pytest.raises(RecipeError, match="nothing_to_resume"):
+        run(tiny_recipe("full"), resume="auto")
+
+
 def test_a_run_is_never_written_below_the_data(tiny_recipe, tmp_path):
     inside = tmp_path / "photos" / "runs"
     with pytest.raises(RecipeError, match=r"run.below_data\] .*photos/runs.*\nfix: start it in"):

@@ -84,13 +84,15 @@ def _bytes(net: nn.Module) -> int:
 
 
 def find(base: Path) -> Path:
-    """The newest run folder below `base` with a whole checkpoint and without final numbers.
+    """The newest run folder below `base` with a whole checkpoint and without its report.
+
+    The report is written last: what a kill leaves after the final numbers is finished, too.
 
     Raises:
         RecipeError: `run.nothing_to_resume`.
     """
     for folder in sorted(base.glob("2*"), reverse=True):
-        done = (folder / "metrics.json").exists()
+        done = (folder / "report.html").exists()
         if not done and checkpoint.newest(folder / CHECKPOINTS) is not None:
             return folder
     raise _nothing(base, "no unfinished run with a whole checkpoint is here")
@@ -121,7 +123,7 @@ def open_newest(p: Prepared, folder: Path, *, anyway: bool) -> Snapshot:
     """
     newest = checkpoint.newest(folder / CHECKPOINTS, _tell_broken)
     if newest is None:
-        done = (folder / "metrics.json").exists()
+        done = (folder / "report.html").exists()
         raise _nothing(folder, "this run is finished" if done else "no whole checkpoint is here")
     snapshot = checkpoint.load(newest, identity=identity(p), anyway=anyway)
     say(f"resumed from step {snapshot.step} (epoch {snapshot.epoch + 1}, {newest})")

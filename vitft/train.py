@@ -8,6 +8,7 @@ workers, not on where a run was killed and resumed. timm brings task, optimizer,
 import math
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -166,8 +167,10 @@ class Trainer:
             self.task.compile(mode="reduce-overhead" if graphs else None)
         if ranks.world > 1:
             ids = [self.device.index or 0] if self.device.type == "cuda" else None
-            # buffers are equal anyway, and a rank that runs out of memory would miss one exchange
-            self.task.prepare_distributed(device_ids=ids, broadcast_buffers=False)
+            with warnings.catch_warnings():  # of the next line's word, which torch is renaming
+                warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
+                # buffers are equal anyway, and who runs out of memory would miss one exchange
+                self.task.prepare_distributed(device_ids=ids, broadcast_buffers=False)
         self.unread: list[_Unread] = []
         self.rehearsals = REHEARSED if ranks.world > 1 else 0
         self.precision = _precision(spec, self.device)
