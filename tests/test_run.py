@@ -270,6 +270,10 @@ def test_the_tutorials_split_has_no_test_and_says_so(tiny_recipe):
     assert result.split == "val"
     assert result.scores.n == 12
     assert result.sentence.startswith("val accuracy")
+    said = "The same photographs set the limit, so this says little."
+    assert said in (result.folder / "report.html").read_text()
+    tested = run(tiny_recipe("probe"))
+    assert said not in (tested.folder / "report.html").read_text()
 
 
 def test_online_views_train_the_same_head_through_the_backbone(tiny_recipe):

@@ -191,6 +191,8 @@ def _doubt(p: Prepared, found: Findings) -> Section:
             f"allows {percent(p.recipe.trust.foreign_alarms, 0)} of ordinary photographs to be "
             f"called so by mistake; of the scored ones {a.right:,} of {a.n:,} were, "
             f"{percent(a.value)} {a.interval.percent()}."
+            + " The same photographs set the limit, so this says little."
+            * (p.test_split == "val")
         )
     return Section("doubt", "When it should say “I don't know”", summary, tuple(blocks))
 
