@@ -3,8 +3,9 @@
 On CPU torch hands float32 products of `nn.Linear` to MKL, which on AMD processors leaves AVX-512
 unused, and hands convolutions to oneDNN, which uses what there is. A linear layer over tokens is a
 1 x 1 convolution over a picture of one column, so asking for that gets the faster library through
-public functions alone, with the memory layout unchanged: no copy, no repacked weights, gradients
-included. `tools/bench/extract.py` measures what it gives.
+public functions, with the memory layout unchanged: no copy, no repacked weights, gradients
+included. Only a GELU inside its product needs an operator of torch's compiler, and does without
+where there is none. `tools/bench/extract.py` measures what it gives.
 """
 
 from collections.abc import Callable, Mapping, Sequence
