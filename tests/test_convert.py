@@ -634,6 +634,53 @@ def test_relatives_of_vit_are_refused_by_name(names, what):
     assert "timm's own model" in caught.value.faults[0].fix
 
 
+def dinov3(prefix=""):
+    """Names of Meta's DINOv3 ViT, and of its wrapper for training, as its source writes them."""
+    block = ["norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias", "ls1.gamma", "ls2.gamma"]
+    block += [f"attn.{n}" for n in ("qkv.weight", "qkv.bias", "qkv.bias_mask")]
+    block += [f"{n}.{kind}" for n in ("attn.proj", "mlp.fc1", "mlp.fc2") for kind in WB]
+    names = ["cls_token", "storage_tokens", "mask_token", "rope_embed.periods"]
+    names += [f"patch_embed.proj.{kind}" for kind in WB] + [f"norm.{kind}" for kind in WB]
+    names += [f"blocks.{i}.{n}" for i in range(2) for n in block]
+    return {prefix + n: torch.ones(1) for n in names}
+
+
+WB = ("weight", "bias")
+
+
+@pytest.mark.parametrize("prefix", ["", "backbone.", "teacher.backbone."])
+@pytest.mark.parametrize("without", ["", "storage_tokens", "rope_embed.periods", "bias_mask"])
+@pytest.mark.parametrize("options", [{}, {"reg_tokens": 4, "init_values": 1e-5}])
+def test_metas_dinov3_is_refused_by_name(prefix, without, options):
+    state = {n: t for n, t in dinov3(prefix).items() if not without or not n.endswith(without)}
+    with pytest.raises(WeightsError, match=r"looks like DINOv3 \(rotary positions\)"):
+        fill(ours(**options), state)
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "vit_small_patch16_dinov3_qkvb"])
+@pytest.mark.parametrize("wrap", ["", "model.", "module.backbone."])
+def test_timms_dinov3_is_refused_by_name_and_loads_into_its_own_model(name, wrap):
+    net = scatter(timm.create_model(name, embed_dim=64, depth=2, num_heads=4, img_size=32))
+    state = {wrap + n: t for n, t in net.state_dict().items()}
+    every = {"pos_embed": "none", "reg_tokens": 4, "init_values": 1e-5, "qkv_bias": False}
+    for options in ({}, every, {"reg_tokens": 4}):  # with what would take each of its tensors
+        with pytest.raises(WeightsError, match=r"looks like DINOv3 \(rotary positions\)") as caught:
+            fill(ours(embed_dim=64, **options), state)
+        assert caught.value.faults[0].id == "ckpt.layout"
+    assert weights.fit(state, net).state.keys() == net.state_dict().keys()
+
+
+def test_rotary_positions_without_registers_are_refused_and_deit3_is_not():
+    net = timm.create_model("vit_small_patch16_rope_224", embed_dim=64, depth=2, num_heads=4)
+    with pytest.raises(WeightsError, match="looks like a ViT with rotary positions"):
+        fill(ours(embed_dim=64, pos_embed="none", init_values=1e-5), net.state_dict())
+    own = theirs(init_values=1e-5, no_embed_class=True).state_dict()
+    old = {
+        n.replace(".ls1.gamma", ".gamma_1").replace(".ls2.gamma", ".gamma_2"): own[n] for n in own
+    }
+    fill(ours(init_values=1e-5, no_embed_class=True), old)
+
+
 def test_a_jax_relative_is_refused_by_name():
     arrays = {k: torch.from_numpy(v) for k, v in jax_arrays().items()}
     with pytest.raises(WeightsError, match="SigLIP"):

@@ -257,6 +257,12 @@ REFUSED = (  # near relatives: (pattern of one name, what it is)
     (r".*attn\.q_norm\.weight", "a ViT with normalised queries and keys"),
 )
 
+# EVA's names in timm, where rotation leaves no tensor: all but the last occur, the last does not
+ROTARY = (
+    ((r".*blocks\.0\.gamma_1", r".*reg_token", r".*pos_embed"), "DINOv3 (rotary positions)"),
+    ((r".*blocks\.0\.gamma_1", r".*pos_embed"), "a ViT with rotary positions"),
+)
+
 CNN = "patch_embed.backbone."  # of a hybrid
 
 # of several backbones in one file, the one that its authors evaluate
@@ -284,22 +290,32 @@ def convert(
         prefixes = _prefixes(layout, state)
         if prefixes:
             prefix = _preferred(prefixes, place)
-            _refuse_relatives((n for n in state if n.removeprefix(prefix) not in own), place)
+            _refuse_relatives(state, {prefix + n for n in own}, place)
             return _rewrite(layout, prefix, state, own)
     return Converted("", "", dict(state), {}, {})
 
 
-def relative(names: Iterable[str]) -> str:
-    """Which known relative of ViT the names belong to; "" for none."""
-    names = list(names)
+def relative(names: Iterable[str], own: Collection[str] = ()) -> str:
+    """Which known relative of ViT the names belong to; "" for none.
+
+    Args:
+        names: Of the file.
+        own: Those of them that the model has itself, and which tell nothing.
+    """
+    every = set(names)
+    telling = every - set(own)
     for pattern, what in REFUSED:
-        if any(re.fullmatch(pattern, name) for name in names):
+        if _occurs(pattern, telling):
+            return what
+    for (first, *others, absent), what in ROTARY:
+        here = _occurs(first, telling) and all(_occurs(o, every) for o in others)
+        if here and not _occurs(absent, every):
             return what
     return ""
 
 
-def _refuse_relatives(names: Iterable[str], place: object) -> None:
-    if what := relative(names):
+def _refuse_relatives(names: Iterable[str], own: Collection[str], place: object) -> None:
+    if what := relative(names, own):
         text = f"looks like {what}, which vitflower models do not have"
         fix = "use timm's own model of that name as model.name; its weights load there"
         raise WeightsError.of("ckpt.layout", place, text, fix)
