@@ -3,9 +3,11 @@
 import pytest
 import torch
 from timm import create_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vitft  # noqa: F401
-from vitft import boundary, model
+from vitft import boundary, features, model
+from vitft import learn as learn_room
 from vitft.errors import RecipeError
 from vitft.learn import Hooks, learn
 from vitft.prepare import prepare
@@ -99,3 +101,47 @@ def test_a_model_that_does_more_than_its_blocks_is_refused(tiny_recipe):
     p.net.__class__ = type("Odd", (kind,), {"forward": lambda self, x: 2 * kind.forward(self, x)})
     with pytest.raises(RecipeError, match=r"train.boundary.*cannot be cut .*relative difference"):
         learn(p, Hooks())
+
+
+@pytest.mark.parametrize("kind", ["tokens", "features"])
+def test_on_cuda_no_batch_of_kept_rows_waits_for_the_device(tiny_recipe, kind):
+    """The meta device stands for CUDA: reading a number from it is an error."""
+    far = torch.device("meta")
+    p = prepared(tiny_recipe, "train.views=1")
+    if kind == "tokens":
+        kept = boundary.keep(p, "train", views=1)
+        near, batches = (
+            boundary.Tokens(kept, batch_size=8, seed=0, device=device)
+            for device in (torch.device("cpu"), far)
+        )
+    else:
+        rows = learn_room.extract(p, "train", views=2)
+        near, batches = (
+            features.Views(rows, batch_size=8, seed=0, device=device, names=())
+            for device in (torch.device("cpu"), far)
+        )
+    with Waits() as seen:
+        got = list(batches.epoch(1))
+    assert not seen.waits
+    assert len(got) == 6
+    for (x, y, which), (x_near, y_near, which_near) in zip(got, near.epoch(1), strict=True):
+        assert (x.device, y.device, which.device.type) == (far, far, "cpu")
+        assert (x.shape, y.shape) == (x_near.shape, y_near.shape)
+        assert torch.equal(which, which_near)
+
+
+class Waits(TorchDispatchMode):
+    """Notes what on CUDA waits for the queue: copies that block, and indices on another device."""
+
+    def __init__(self):
+        super().__init__()
+        self.waits = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        blocks = func is torch.ops.aten._to_copy.default and not kwargs.get("non_blocking")
+        indices = args[1] if func is torch.ops.aten.index.Tensor else []
+        mixed = any(i is not None and i.device != args[0].device for i in indices)
+        if mixed or (blocks and kwargs.get("device") == torch.device("meta")):
+            self.waits.append(str(func))
+        return func(*args, **kwargs)

@@ -119,13 +119,19 @@ class Tokens(Views):
         balanced: bool = False,
     ) -> None:
         self.ranks, self.balanced = ranks, balanced
-        self.kept, self.views = kept, kept.views
-        self.y = torch.as_tensor(kept.photos.labels, device=device)
+        self.kept, self.views, self.device = kept, kept.views, device
+        self.labels = kept.photos.labels
         self.batch_size, self.seed, self.files = batch_size, seed, kept.photos.files
 
-    def take(self, views: Tensor, rows: Tensor) -> Tensor:
-        """[B, T, D] of some rows, each in its view."""
-        return self.kept.tokens(rows.tolist(), views.tolist()).to(self.y.device)
+    def placed(self, plan: Tensor) -> Tensor:
+        """As it is: the store is read on the host."""
+        return plan
+
+    def take(self, views: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, T, D] and [B] of some rows, each in its view."""
+        tokens = self.kept.tokens(rows.tolist(), views.tolist())
+        labels = torch.as_tensor(self.labels)[rows]
+        return features.sent(tokens, self.device), features.sent(labels, self.device)
 
 
 def keep(p: Prepared, split: str, *, views: int) -> Kept:

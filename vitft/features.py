@@ -275,6 +275,12 @@ def head_logits(
     return np.asarray(torch.cat(out).numpy())
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """On its way to the device; on CUDA from pinned memory, so that nobody waits for it."""
+    pinned = tensor.pin_memory() if device.type == "cuda" else tensor
+    return pinned.to(device, non_blocking=True)
+
+
 class Views:
     """Cached features as batches for the training loop: each epoch draws one view per photograph.
 
@@ -302,30 +308,42 @@ class Views:
         self.ranks, self.balanced = ranks, balanced
         self.x = torch.as_tensor(cached.x).to(device)  # [V, N, D]
         self.y = torch.as_tensor(cached.y).to(device)
-        self.views = len(self.x)
+        self.labels, self.views = cached.y, len(self.x)
         self.batch_size, self.seed, self.files = batch_size, seed, names
 
     def __len__(self) -> int:
-        return -(-len(self.y) // self.batch_size)
+        return -(-len(self.labels) // self.batch_size)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """The batches of one epoch from the `start`-th on: x [B, D], y [B], rows [B]."""
-        device, labels = self.y.device, self.y.cpu().numpy()
-        rows = epoch_rows(labels, self.seed, epoch, balanced=self.balanced)
-        order = torch.as_tensor(rows, device=device)
-        drawn = self.drawn(epoch).to(device)
-        for batch in torch.split(order, self.batch_size)[start:]:
-            own = batch[self.ranks.share(len(batch))] if self.ranks.world > 1 else batch
-            yield self.take(drawn[own], own), self.y[own], own
+        """The batches of one epoch from the `start`-th on.
+
+        Nothing is read back from the device: on CUDA that would wait for every step in the queue.
+
+        Yields:
+            x [B, D] and y [B] on the device, rows [B] on the host.
+        """
+        rows = torch.as_tensor(
+            epoch_rows(self.labels, self.seed, epoch, balanced=self.balanced)
+        )  # [n]
+        views = self.drawn(epoch)[rows]  # [n]
+        placed = self.placed(views), self.placed(rows)
+        for first in range(start * self.batch_size, len(rows), self.batch_size):
+            share = first + self.ranks.share(min(self.batch_size, len(rows) - first))
+            own = slice(share[0], share[-1] + 1) if len(share) else slice(0)  # shares are runs
+            yield *self.take(placed[0][own], placed[1][own]), rows[own]
 
     def drawn(self, epoch: int) -> Tensor:
         """The view of each photograph in this epoch, int64 [N]."""
         rng = np.random.default_rng(derive_seed(self.seed, "view", epoch))
-        return torch.as_tensor(rng.integers(self.views, size=len(self.y)))
+        return torch.as_tensor(rng.integers(self.views, size=len(self.labels)))
 
-    def take(self, views: Tensor, rows: Tensor) -> Tensor:
-        """[B, D] of some rows, each in its view."""
-        return self.x[views, rows]
+    def placed(self, plan: Tensor) -> Tensor:
+        """An epoch's views or rows where `take` reads them: beside the table."""
+        return sent(plan, self.y.device)
+
+    def take(self, views: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, D] and [B] of some rows, each in its view."""
+        return self.x[views, rows], self.y[rows]
 
     def names(self, rows: Tensor) -> list[str]:
         """The files behind some rows."""
