@@ -107,7 +107,7 @@ def compiler(monkeypatch):
 
         def fast(x):
             if calls["fails"]:
-                raise RuntimeError("cannot")
+                raise RuntimeError("Failed to find C compiler.\nPlease specify one")
             return forward(x) + 1
 
         return fast
@@ -135,7 +135,11 @@ def test_a_forward_that_cannot_be_compiled_goes_on_and_says_so(compiler, monkeyp
     monkeypatch.setattr(pace, "pays", lambda *a: True)
     with caplog.at_level("WARNING", logger="vitft"):
         assert results(Watched(lambda x: x, 100), 14) == [0.0] * 14
-    assert "the backbone was not compiled, and goes on as before: RuntimeError" in caplog.text
+    assert caplog.messages == [
+        "error[env.not_compiled] cuda:0: the backbone was not compiled, and goes on as before, "
+        "slower: RuntimeError: Failed to find C compiler. Please specify one\n"
+        "fix: give this torch what it compiles with (Triton, a C++ compiler), or leave it as it is"
+    ]
 
 
 def test_on_cpu_nothing_is_timed_or_compiled(compiler):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vitft.console import say, warn
-from vitft.errors import MachineError
+from vitft.errors import MachineError, VitftError
 
 COST = 60.0  # seconds that compiling a ViT takes, about
 GAIN = 0.12  # share of the forward saved: timm's tables, ViT-B on an RTX 4090, 13 % more images/s
@@ -131,6 +131,13 @@ class Paced:
         try:
             compiled(x)
         except Exception as error:  # whatever a compiler may raise: the eager forward is there
-            warn(f"the backbone was not compiled, and goes on as before: {type(error).__name__}")
+            warn(str(_not_compiled(self.device, error)))
             return
         self.forward = compiled
+
+
+def _not_compiled(device: torch.device, error: Exception) -> VitftError:
+    said = " ".join(str(error).split()) or "without a word"
+    text = f"the backbone was not compiled, and goes on as before, slower: {type(error).__name__}: "
+    fix = "give this torch what it compiles with (Triton, a C++ compiler), or leave it as it is"
+    return MachineError.of("env.not_compiled", device, text + said[:300], fix)
