@@ -1,6 +1,7 @@
 """The loop: what it trains, that it is a pure function of its seed, that it resumes to the bit."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitft import checkpoint, train
-from vitft.errors import DivergedError, RecipeError, WeightsError
+from vitft.errors import DivergedError, MachineError, RecipeError, WeightsError
 from vitft.inputs import permutation
 from vitft.ranks import Ranks
 from vitft.recipe import TrainSpec
@@ -179,6 +180,60 @@ def test_X8_out_of_memory_halves_the_parts_and_keeps_the_result(monkeypatch):
     torch.testing.assert_close(plain.weight, split.weight, atol=1e-6, rtol=1e-5)
 
 
+def cramped(net, monkeypatch, room=2):
+    """Lets no more than `room` rows through a network at once; says which activations live."""
+    whole, made = net.forward, []
+
+    def forward(x):
+        out = whole(x)
+        made.append(weakref.ref(out))
+        if torch.is_grad_enabled() and len(x) > room:
+            raise torch.cuda.OutOfMemoryError("no room")
+        return out
+
+    monkeypatch.setattr(net, "forward", forward)
+    return lambda: [ref for ref in made if ref() is not None]
+
+
+def test_X8_when_memory_is_emptied_the_activations_of_the_attempt_are_gone(monkeypatch):
+    net = network()
+    living, seen = cramped(net, monkeypatch), []
+    monkeypatch.setattr(train, "warn", lambda text: seen.append((text, living())))
+    trainer(net, spec={"ema": None}).fit()
+    assert seen == [
+        ("out of memory: going on with parts of 2 images, same effective batch", []),
+    ]
+
+
+def normalised():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(WIDTH, 8), nn.BatchNorm1d(8), nn.Linear(8, CLASSES))
+
+
+def test_X8_a_batch_is_not_cut_where_its_images_are_normalised_together(monkeypatch):
+    net = normalised()
+    cramped(net, monkeypatch)
+    with pytest.raises(MachineError) as caught:
+        trainer(net, spec={"ema": None}).fit()
+    assert str(caught.value) == (
+        "error[env.gpu_memory] cpu: a batch of 4 images does not fit (0.0 GiB in use by this run, "
+        "0.0 of 0.0 GiB free), and 1 batch-normalisation layers that are trained would give other "
+        "results on its parts\nfix: set train.batch_size: 2 and train.accumulate: 2, or "
+        "train.grad_checkpointing: true, or free the GPU"
+    )
+
+
+def test_X8_frozen_batch_normalisation_is_no_reason_not_to_cut(monkeypatch):
+    net = normalised()
+    net[:2].requires_grad_(False)
+    before = net[1].running_mean.clone()
+    for room, splits in ((4, 1), (2, 2)):
+        with monkeypatch.context() as patch:
+            cramped(net, patch, room)
+            assert trainer(net, spec={"ema": None}).fit().splits == splits
+    assert torch.equal(net[1].running_mean, before)
+
+
 def test_X12_a_loss_that_is_not_finite_stops_before_the_weights_are_touched():
     net, rows = network(), Rows(spoil=9)
     saved = []
@@ -287,7 +342,7 @@ def test_graphs_are_asked_for_by_name(monkeypatch, given, mode):
     asked = []
     monkeypatch.setattr(train.ClassificationTask, "compile", lambda self, **k: asked.append(k))
     trainer(network(), spec={"compile": given})
-    assert asked == [{"mode": mode}]
+    assert asked == [{"mode": mode, "dynamic": False}]
 
 
 def test_frozen_parts_stay_in_eval_mode():

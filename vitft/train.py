@@ -164,7 +164,8 @@ class Trainer:
         self.compiled = _compiles(spec, self.device, self.updates_per_epoch * spec.epochs)
         if self.compiled:
             graphs = spec.compile == "reduce-overhead"
-            self.task.compile(mode="reduce-overhead" if graphs else None)
+            # the shape is static: after a batch was halved torch would else take sizes for unknown
+            self.task.compile(mode="reduce-overhead" if graphs else None, dynamic=False)
         if ranks.world > 1:
             ids = [self.device.index or 0] if self.device.type == "cuda" else None
             with warnings.catch_warnings():  # of the next line's word, which torch is renaming
@@ -279,14 +280,11 @@ class Trainer:
         """
         if self.rehearsals:
             self._rehearse(pending)
-        while True:
-            try:
-                own, hits = self._gradients(pending, count)
-                break
-            except torch.cuda.OutOfMemoryError:
-                if self.ranks.world > 1:  # others wait for these gradients, and cannot begin anew
-                    raise _late_no_memory(self.device) from None
-                self._halve(pending)
+        while (found := self._tried(pending, count)) is None:
+            if self.ranks.world > 1:  # others wait for these gradients, and cannot begin anew
+                raise _late_no_memory(self.device)
+            self._halve(pending)
+        own, hits = found
         s, sums = self.state, self.ranks.sum(torch.stack([own, hits]))
         loss_sum, right = sums.unbind() if self.queues else sums.tolist()
         self.unread.append(_Unread(s.step + 1, sums[0], own, [rows for _, _, rows in pending]))
@@ -305,19 +303,34 @@ class Trainer:
         for module in self.net.modules():  # their statistics are to see a batch once, and together
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
+        with self._no_exchange():
+            count = sum(len(x) for x, _, _ in pending) or 1
+            fits = self._tried(pending, count, alone=True) is not None
+        set_train_mode(self.net)
+        return fits
+
+    def _tried(
+        self, pending: list[Batch], count: int, *, alone: bool = False
+    ) -> tuple[Tensor, Tensor] | None:
+        """As `_gradients`; None where memory ran out.
+
+        Once this has returned, the error is gone, and with it the activations that its traceback
+        held; only then does emptying the cache free them.
+        """
         try:
-            with self._no_exchange():
-                self._gradients(pending, sum(len(x) for x, _, _ in pending) or 1, alone=True)
+            return self._gradients(pending, count, alone=alone)
         except torch.cuda.OutOfMemoryError:
-            return False
-        finally:
-            set_train_mode(self.net)
-        return True
+            return None
 
     def _halve(self, pending: list[Batch]) -> None:
+        """Makes room, and parts half as large, on every rank; where that would change nothing."""
+        self.optimizer.zero_grad(set_to_none=True)
         largest = self.ranks.greatest(_largest(pending))
         if self.state.splits >= largest:
-            raise self.ranks.voiced(_no_memory(largest, self.device)) from None
+            raise self.ranks.voiced(_no_memory(largest, self.device))
+        if norms := batch_norms(self.net):
+            half = self.ranks.world * max(1, largest // 2), 2 * self.spec.accumulate
+            raise self.ranks.voiced(_no_parts(largest, len(norms), half, self.device))
         self.state.splits *= 2
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -565,6 +578,12 @@ def set_train_mode(net: nn.Module) -> None:
                 module.training |= next(module.parameters(), None) is None
 
 
+def batch_norms(net: nn.Module) -> list[nn.Module]:
+    """The batch normalisation of a model that stands in train mode: it mixes a batch's images."""
+    kind = nn.modules.batchnorm._BatchNorm
+    return [m for m in net.modules() if isinstance(m, kind) and m.training]
+
+
 def _rank(accuracy: float, loss: float) -> tuple[float, float]:
     """Smaller is better; NaN is never best."""
     bad = math.inf
@@ -600,6 +619,17 @@ def _parts(x: Tensor, y: Tensor, splits: int) -> Iterator[tuple[Tensor, Tensor, 
         return
     for part_x, part_y in zip(x.chunk(splits), y.chunk(splits), strict=True):
         yield part_x, part_y, 1
+
+
+def _no_parts(batch: int, norms: int, half: tuple[int, int], device: torch.device) -> VitftError:
+    """Where batch normalisation is trained, cutting a batch changes what each image is made of."""
+    used, free, total = (n / 2**30 for n in _gpu_memory(device))
+    text = f"a batch of {batch} images does not fit ({used:.1f} GiB in use by this run, {free:.1f} "
+    text += f"of {total:.1f} GiB free), and {norms} batch-normalisation layers that are trained "
+    text += "would give other results on its parts"
+    fix = f"set train.batch_size: {half[0]} and train.accumulate: {half[1]}, or "
+    fix += "train.grad_checkpointing: true, or free the GPU"
+    return MachineError.of("env.gpu_memory", str(device), text, fix)
 
 
 def _no_memory(batch: int, device: torch.device) -> VitftError:
