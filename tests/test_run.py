@@ -224,9 +224,43 @@ def test_R18_what_is_refused_leaves_no_run_folder(tiny_recipe, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_nothing_to_resume_is_said(tiny_recipe):
-    with pytest.raises(RecipeError, match=r"run.nothing_to_resume.*\n?fix: leave out --resume"):
+def test_nothing_to_resume_is_said(tiny_recipe, tmp_path):
+    gone = tmp_path / "runs" / "gone"
+    with pytest.raises(RecipeError) as caught:
+        run(tiny_recipe("full"), resume=str(gone))
+    assert str(caught.value) == (
+        f"error[run.nothing_to_resume] {gone}: there is no such run folder\n"
+        "fix: leave out --resume to start anew; cached features are used again"
+    )
+
+
+def test_resume_auto_starts_where_nothing_was_kept_and_says_so(tiny_recipe, tmp_path, caplog):
+    caplog.set_level("INFO", logger="vitft")
+    killed = tmp_path / "runs" / "tiny_full" / "20200101-000000"  # before its first checkpoint
+    killed.mkdir(parents=True)
+    first = run(tiny_recipe("full"), resume="auto")
+    assert first.folder != killed
+    assert not list(killed.iterdir())
+    assert f"nothing to go on from in {killed.parent} yet, so this is a new run" in caplog.text
+    with pytest.raises(RecipeError) as caught:
         run(tiny_recipe("full"), resume="auto")
+    assert str(caught.value) == (
+        f"error[run.nothing_to_resume] {first.folder}: this run is finished, with this recipe and "
+        "these photographs\nfix: leave out --resume to start anew; cached features are used again"
+    )
+    (tmp_path / "photos" / "red" / "red_00.jpg").unlink()
+    second = run(tiny_recipe("full"), resume="auto")  # of other photographs
+    third = run(tiny_recipe("full", "seed=1"), resume="auto")
+    assert len({r.folder for r in (first, second, third)}) == 3
+
+
+def test_resume_auto_does_not_start_anew_over_damaged_checkpoints(tiny_recipe, tmp_path):
+    damaged = tmp_path / "runs" / "tiny_full" / "20200101-000000"
+    (damaged / "checkpoints" / "step-00000004").mkdir(parents=True)
+    with pytest.raises(RecipeError, match="it has checkpoints, and none of them is whole") as e:
+        run(tiny_recipe("full"), resume="auto")
+    assert e.value.faults[0].place == str(damaged)
+    assert [f.name for f in damaged.parent.iterdir()] == [damaged.name]
 
 
 def test_the_sentence_is_the_only_line_on_stdout(tiny_recipe, tmp_path, capsys):

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from vitft import checkpoint, io, prepare, tune
+from vitft import checkpoint, io, prepare, recipe, tune
 from vitft.checkpoint import Snapshot
 from vitft.console import say, warn
 from vitft.errors import MachineError, RecipeError
@@ -83,19 +83,45 @@ def _bytes(net: nn.Module) -> int:
 # -- going on -------------------------------------------------------------------------------------
 
 
-def find(base: Path) -> Path:
-    """The newest run folder below `base` with a whole checkpoint and without its report.
+def find(p: Prepared, base: Path) -> Path | None:
+    """What `--resume auto` means: the newest run folder with a whole checkpoint and no report.
 
     The report is written last: what a kill leaves after the final numbers is finished, too.
 
+    Args:
+        p: The run as it is asked for now.
+        base: Folder of the recipe's runs.
+
+    Returns:
+        None where nothing was kept yet, so that one command serves a first start and a job that
+        comes back into the queue.
+
     Raises:
-        RecipeError: `run.nothing_to_resume`.
+        RecipeError: `run.nothing_to_resume`: this very run is finished, or its checkpoints are
+            there and not one of them is whole.
     """
-    for folder in sorted(base.glob("2*"), reverse=True):
-        done = (folder / "report.html").exists()
-        if not done and checkpoint.newest(folder / CHECKPOINTS) is not None:
+    folders = sorted(base.glob("2*"), reverse=True)
+    open_ones = [folder for folder in folders if not (folder / "report.html").exists()]
+    for folder in open_ones:
+        if checkpoint.newest(folder / CHECKPOINTS) is not None:
             return folder
-    raise _nothing(base, "no unfinished run with a whole checkpoint is here")
+    for folder in open_ones:
+        if any((folder / CHECKPOINTS).glob("step-*")):
+            raise _nothing(folder, "it has checkpoints, and none of them is whole")
+    for folder in folders:
+        if folder not in open_ones and _is_the_same(p, folder):
+            raise _nothing(folder, "this run is finished, with this recipe and these photographs")
+    return None
+
+
+def _is_the_same(p: Prepared, folder: Path) -> bool:
+    """Whether a finished run was of this recipe and these photographs."""
+    try:
+        text = (folder / "recipe.resolved.yaml").read_text("utf-8")
+        seen = io.read_json(folder / "metrics.json").get("data_sha256")
+    except (OSError, UnicodeDecodeError, MachineError):
+        return False
+    return text == recipe.dump(p.recipe) and seen == prepare.data_hash(p.index)
 
 
 def named(folder: Path) -> Path:
@@ -112,6 +138,9 @@ def named(folder: Path) -> Path:
 def open_newest(p: Prepared, folder: Path, *, anyway: bool) -> Snapshot:
     """The state to go on from; nothing in the folder has changed yet.
 
+    Of several ranks the first one chooses. Each reads the file itself, which saves pickling
+    gigabytes of moments through the host's network, and must find the same hashes in it.
+
     Args:
         p: The run as it is asked for now.
         folder: Of the interrupted run.
@@ -120,7 +149,20 @@ def open_newest(p: Prepared, folder: Path, *, anyway: bool) -> Snapshot:
     Raises:
         RecipeError: `run.nothing_to_resume`: finished, or without a whole checkpoint.
         WeightsError: As `vitft.checkpoint.load`.
+        MachineError: `env.other_disk`: a rank does not see what the first one sees.
     """
+    opened: list[Snapshot] = []
+
+    def choose() -> tuple[Path, str]:
+        newest, snapshot = _chosen(p, folder, anyway)
+        opened.append(snapshot)
+        return newest, io.sha256_file(newest / io.MANIFEST)
+
+    newest, seal = p.ranks.first_does(choose)
+    return p.ranks.agreed(lambda: opened[0] if opened else _reread(p, newest, seal, anyway))
+
+
+def _chosen(p: Prepared, folder: Path, anyway: bool) -> tuple[Path, Snapshot]:
     newest = checkpoint.newest(folder / CHECKPOINTS, _tell_broken)
     if newest is None:
         done = (folder / "report.html").exists()
@@ -131,7 +173,17 @@ def open_newest(p: Prepared, folder: Path, *, anyway: bool) -> Snapshot:
         warn("going on although this has changed: " + "; ".join(snapshot.changed))
     for text in _other_machine(folder, prepare.environment(p)):
         warn(f"{text}; the result may differ in its last bits")
-    return snapshot
+    return newest, snapshot
+
+
+def _reread(p: Prepared, path: Path, seal: str, anyway: bool) -> Snapshot:
+    """What the first rank chose, read by another one."""
+    manifest = path / io.MANIFEST
+    if not manifest.is_file() or io.sha256_file(manifest) != seal:
+        text = f"process {p.ranks.rank} does not see the checkpoint that process 0 goes on from"
+        fix = "set output to a folder on a disk that all machines see"
+        raise MachineError.of("env.other_disk", path, text, fix)
+    return checkpoint.load(path, identity=identity(p), anyway=anyway)
 
 
 def _tell_broken(path: Path, problems: tuple[str, ...]) -> None:

@@ -180,13 +180,28 @@ class Ranks:
         ) from None
 
     def alone(self) -> "Ranks":
-        """Ends every rank but the first, which goes on as a run of one process."""
+        """Ends every rank but the first, which goes on as a run of one process.
+
+        They part together, and only when what each has queued on its GPU is done: whoever left
+        earlier would tear down a group that another still exchanges with.
+        """
+        if self.world == 1:
+            return self
+        if torch.cuda.is_available():
+            torch.cuda.synchronize(self.local)
+        self._told(lambda: distributed.barrier(group=self.talk))
+        distributed.destroy_process_group()
         if not self.first:
             raise SystemExit(0)
         return ALONE
 
 
 ALONE = Ranks()
+
+
+def shares(count: int, world: int, *, pairs: bool = False) -> list[NDArray[np.int64]]:
+    """Of each rank, as `Ranks.share`."""
+    return [Ranks(rank, world).share(count, pairs=pairs) for rank in range(world)]
 
 
 def launched() -> bool:
@@ -222,9 +237,22 @@ def joined() -> Iterator[Ranks]:
     talk = distributed.new_group(backend="gloo", timeout=PATIENCE)
     try:
         yield Ranks(place["global_rank"], place["world_size"], place["local_rank"], here, talk)
+    except BaseException:
+        if gpus:
+            _abandon()
+        raise
     finally:
-        with suppress(RuntimeError):
-            distributed.destroy_process_group()
+        if distributed.is_initialized():  # else they have parted: `Ranks.alone`
+            with suppress(RuntimeError):
+                distributed.destroy_process_group()
+
+
+def _abandon() -> None:
+    """After an error: destroying waits for exchanges that the other ranks may never join."""
+    group = distributed.group.WORLD
+    with suppress(RuntimeError):
+        if group is not None:
+            group._get_backend(torch.device("cuda")).abort()
 
 
 def _attempt(work: Callable[[], T]) -> tuple[T | None, BaseException | None]:

@@ -91,7 +91,8 @@ def run(
     Args:
         spec: From `vitft.recipe.load` or `parse`.
         fallback: Whether the recipe's `offline:` block may be used.
-        resume: `auto` (the newest unfinished run of this recipe) or a run folder.
+        resume: `auto` (the newest unfinished run of this recipe, or a new one where none has kept
+            anything yet) or a run folder.
         resume_anyway: Go on although recipe or data have changed; recorded in `metrics.json`.
         ranks: From `vitft.ranks.joined`; a process that is not the first ends (SystemExit) when
             there is nothing left to share.
@@ -107,11 +108,9 @@ def run(
     ranks.first_does(lambda: keep.require_output(base))
     # what is refused here leaves no folder behind
     p = prepare.prepare(spec, fallback=fallback, ranks=ranks)
-    folder = ranks.first_does(lambda: _folder(p, base, resume))
+    folder, goes_on = ranks.first_does(lambda: _folder(p, base, resume))
     with _owned(folder, spec, ranks), ranks.together():
-        snapshot = ranks.first_does(
-            lambda: keep.open_newest(p, folder, anyway=resume_anyway) if resume else None
-        )
+        snapshot = keep.open_newest(p, folder, anyway=resume_anyway) if goes_on else None
         return _run(p, spec, folder, snapshot, started)
 
 
@@ -161,20 +160,27 @@ def _run(
 # -- the folder -----------------------------------------------------------------------------------
 
 
-def _folder(p: Prepared, base: Path, resume: str | None) -> Path:
+def _folder(p: Prepared, base: Path, resume: str | None) -> tuple[Path, bool]:
+    """The run's folder, and whether it holds what the run goes on from."""
     root = offline.data_root(p.recipe.data.root)  # a CSV only names files, and owns no folder
     if root.is_dir() and io.lies_in(base, root):
         text = f"the run would be written below the data, {root}"
         fix = "start it in another folder, or set output"
         raise RecipeError.of("run.below_data", base, text, fix)
     keep.require_room(p, base)
-    if resume is not None:
-        return keep.find(base) if resume == "auto" else keep.named(Path(resume))
+    if resume is not None and resume != "auto":
+        return keep.named(Path(resume)), True
+    if resume == "auto":
+        found = keep.find(p, base)
+        if found is not None:
+            say(f"--resume auto: going on in {found}")
+            return found, True
+        say(f"--resume auto: nothing to go on from in {base} yet, so this is a new run")
     stamp = time.strftime("%Y%m%d-%H%M%S")
     names = [stamp, *(f"{stamp}-{k}" for k in range(2, 100))]
     folder = next(base / name for name in names if not (base / name).exists())
     io.make_dir(folder)
-    return folder
+    return folder, False
 
 
 def _write_inputs(p: Prepared, spec: Recipe, folder: Path) -> None:
@@ -333,18 +339,20 @@ def _sentence(scores: Scores, split: str, folder: Path) -> str:
 EPILOG = """several GPUs of one machine, and several machines under Slurm (one torchrun on each):
   torchrun --standalone --nproc-per-node 4 -m vitft.run RECIPE
 
-  #SBATCH --nodes=2 --ntasks-per-node=1 --gpus-per-node=4 --signal=TERM@120
+  #SBATCH --nodes=2 --ntasks-per-node=1 --gpus-per-node=4 --signal=TERM@120 --requeue
   host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
   srun torchrun --nnodes 2 --nproc-per-node 4 --rdzv-id "$SLURM_JOB_ID" \\
-    --rdzv-backend c10d --rdzv-endpoint "$host:29500" -m vitft.run RECIPE
+    --rdzv-backend c10d --rdzv-endpoint "$host:29500" \\
+    -m vitft.run RECIPE --resume auto      # starts, and after a requeue goes on
 
   train.batch_size is that of all processes together, so a recipe gives the same result on any
   number of them, but for rounding, and for dropout and drop path, which draw per process.
   Photographs, weights and output lie on disks that all machines see; so should the cache
   (VITFT_CACHE), or each machine computes features of its own. Batch normalisation is joined over
   processes (CUDA only). Probes, heads on kept features and ladders share the features; the rest
-  is the first process's. A signal to torchrun saves a checkpoint, for which it gives 30 s; start
-  again with --resume auto. torchrun itself ends with 1, whatever its processes end with.
+  is the first process's. A signal to torchrun saves a checkpoint, for which it gives 30 s; the
+  same command with --resume auto goes on from it, starts where nothing was kept yet, and refuses
+  a run that is finished. torchrun itself ends with 1, whatever its processes end with.
 
 example:
   python -m vitft.run recipes/flowers_head.yaml data.root=photos/ seed=1
@@ -364,7 +372,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--plan", action="store_true", help="check everything, measure, then stop")
     p.add_argument("--print-config", action="store_true", help="show every key and stop")
     p.add_argument("--no-fallback", action="store_true", help="never use the offline block")
-    p.add_argument("--resume", metavar="auto|FOLDER", help="go on with an unfinished run")
+    p.add_argument(
+        "--resume", metavar="auto|FOLDER", help="go on with an unfinished run; auto: or start one"
+    )
     p.add_argument("--resume-anyway", action="store_true", help="although recipe or data changed")
     return p
 
