@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import ALL, Process, Runs, assert_equal_runs, records, tensors
 
-from vitft import io, prepare
-from vitft.errors import RecipeError
+from vitft import checkpoint, io, keep, prepare
+from vitft.errors import MachineError, RecipeError
 from vitft.inputs import seeded
 from vitft.loaders import _mix, _mixup
 from vitft.ranks import ALONE, Ranks, launched
@@ -238,6 +238,95 @@ def test_batch_normalisation_is_refused_on_the_cpu(tiny_recipe):
     p = prepare.prepare(spec)
     with pytest.raises(RecipeError, match=r"train.ranks\].*20 batch-normalisation layers"):
         prepare._check_ranks(replace(p, ranks=Ranks(0, 2)))
+
+
+@pytest.mark.parametrize("mode", [["head", "head.views=online"], ["full", "train.blocks=1"]])
+def test_batch_normalisation_that_is_not_trained_is_no_matter_of_ranks(tiny_recipe, mode):
+    if mode[0] == "head":
+        mode = [*mode, "model.name=resnet18", "model.options={}"]
+    p = prepare.prepare(tiny_recipe(*mode))
+    if mode[0] == "full":  # before the trained block, as in a hybrid's CNN
+        p.net.patch_embed.norm = torch.nn.BatchNorm2d(3)
+    before = [(m, m.training) for m in p.net.modules()]
+    prepare._check_ranks(replace(p, ranks=Ranks(0, 2)))
+    assert [(m, m.training) for m in p.net.modules()] == before
+    assert all(q.requires_grad for q in p.net.parameters())
+
+
+def test_batch_normalisation_wants_photographs_on_every_rank(tiny_recipe):
+    """42 in batches of 8 leave 2 for 4 processes."""
+    p = prepare.prepare(tiny_recipe("full", "model.name=test_efficientnet", "model.options={}"))
+    cuda = torch.device("cuda")
+    with pytest.raises(RecipeError) as caught:
+        prepare._check_ranks(replace(p, ranks=Ranks(0, 4), device=cuda))
+    assert str(caught.value) == (
+        "error[train.ranks] tiny_full.yaml:11:20: train.batch_size: the last of an epoch's batches "
+        "leaves one of 4 processes with none of its 2 photographs, and joined batch normalisation "
+        "needs some from each\n"
+        "fix: take another train.batch_size, a multiple of 4, or fewer processes"
+    )
+    prepare._check_ranks(replace(p, ranks=Ranks(0, 2), device=cuda))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_part_together_and_when_their_gpus_are_done(monkeypatch, rank):
+    did = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: did.append(f"cuda:{device}"))
+    monkeypatch.setattr(torch.distributed, "barrier", lambda group: did.append(group))
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: did.append("gone"))
+    ranks = Ranks(rank, 2, local=3, talk="all are here")
+    if rank:
+        with pytest.raises(SystemExit, match="0"):
+            ranks.alone()
+    else:
+        assert ranks.alone() is ALONE
+    assert did == ["cuda:3", "all are here", "gone"]
+
+
+def test_who_fails_does_not_wait_for_exchanges_that_others_never_join(monkeypatch):
+    from vitft import ranks
+
+    did = []
+
+    class Group:
+        def _get_backend(self, device):
+            return type("", (), {"abort": lambda self: did.append(f"abort {device.type}")})()
+
+    place = {"global_rank": 0, "world_size": 2, "local_rank": 0}
+    group = type("", (), {"WORLD": Group()})
+    monkeypatch.setattr(ranks, "launched", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(
+        "timm.utils.distributed.init_distributed_device_so", lambda *a, **how: place
+    )
+    monkeypatch.setattr(torch.distributed, "new_group", lambda **how: None)
+    monkeypatch.setattr(torch.distributed, "group", group)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: did.append("gone"))
+    with pytest.raises(KeyError), ranks.joined():
+        raise KeyError
+    assert did == ["abort cuda", "gone"]
+    with ranks.joined():
+        pass
+    assert did == ["abort cuda", "gone", "gone"]
+
+
+def test_a_rank_that_sees_another_disk_is_refused(tiny_recipe, tmp_path):
+    snapshot = checkpoint.Snapshot(3, 0, 3, {"model/x": torch.ones(2)}, {"history": []})
+    p = prepare.prepare(tiny_recipe("full"))
+    path = checkpoint.save(tmp_path / "checkpoints", snapshot, identity=keep.identity(p))
+    seal = io.sha256_file(path / io.MANIFEST)
+    p = replace(p, ranks=Ranks(1, 2))
+    assert keep._reread(p, path, seal, False).step == 3
+    for place, wanted in ((path, "0" * 64), (tmp_path / "elsewhere", seal)):
+        with pytest.raises(MachineError) as caught:
+            keep._reread(p, place, wanted, False)
+        assert str(caught.value) == (
+            f"error[env.other_disk] {place}: process 1 does not see the checkpoint that process 0 "
+            "goes on from\nfix: set output to a folder on a disk that all machines see"
+        )
 
 
 def test_joined_batch_normalisation_keeps_the_activation_that_timm_puts_into_it(tiny_recipe):

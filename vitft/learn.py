@@ -30,7 +30,14 @@ from vitft.evaluate import Predictions
 from vitft.features import Features
 from vitft.inputs import derive_seed
 from vitft.loaders import Photos
-from vitft.prepare import Prepared, batch_size, class_weight, kept_views, trains_model
+from vitft.prepare import (
+    Prepared,
+    batch_size,
+    class_weight,
+    frozen_cnn,
+    kept_views,
+    trains_model,
+)
 
 MIDDLE = 1e-2  # strength where none was chosen: on flowers within the plateau of the path
 
@@ -188,9 +195,7 @@ def _view_batches(p: Prepared, cached: Features, seed: int) -> features.Views:
 def fine_tune(p: Prepared, hooks: Hooks) -> Learned:
     """All parameters, the last K blocks, or few (`train.tune`); the rest is proven unchanged."""
     spec = p.recipe.train
-    p.net.requires_grad_(True)
-    if spec.blocks is not None:
-        model.train_last_blocks(p.net, spec.blocks)
+    model.choose_trained(p.net, spec.blocks, frozen_cnn=frozen_cnn(p.recipe))
     if spec.grad_checkpointing:
         cast(Any, p.net).set_grad_checkpointing(True)
     if spec.patch_drop:
@@ -211,11 +216,11 @@ def fine_tune(p: Prepared, hooks: Hooks) -> Learned:
 
 def _choose_trained(p: Prepared) -> None:
     """Adapters, biases or norms, and a hybrid's CNN or not; says how much that is."""
-    spec, embed = p.recipe.train, p.recipe.model.embed
+    spec = p.recipe.train
     if spec.tune != "all":
         tune.apply(p.net, spec, seed=derive_seed(p.recipe.seed, "lora"))
-    if embed is not None and embed.frozen:
-        model.freeze_cnn(p.net)
+        if frozen_cnn(p.recipe):
+            model.freeze_cnn(p.net)
     say(tune.sentence(p.net, f"train.tune {spec.tune}"))
 
 

@@ -348,6 +348,15 @@ def freeze_backbone(net: nn.Module) -> None:
     classifier(net).requires_grad_(True)
 
 
+def choose_trained(net: nn.Module, blocks: int | None, *, frozen_cnn: bool) -> None:
+    """Leaves everything trainable, or the last `blocks` blocks; a hybrid's CNN perhaps not."""
+    net.requires_grad_(True)
+    if blocks is not None:
+        train_last_blocks(net, blocks)
+    if frozen_cnn:
+        freeze_cnn(net)
+
+
 def freeze_cnn(net: nn.Module) -> None:
     """Leaves a hybrid's CNN as it is."""
     cast(Any, net).patch_embed.backbone.requires_grad_(False)

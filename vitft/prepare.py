@@ -21,8 +21,9 @@ from vitft.images import DecodeSpec
 from vitft.inputs import InputConfig, TransformSpec, augmented, plain
 from vitft.loaders import Batches, Photos, shared_memory_free, worker_count
 from vitft.pictures import Pictures
-from vitft.ranks import ALONE, Ranks
+from vitft.ranks import ALONE, Ranks, shares
 from vitft.recipe import DataSpec, Recipe, TrainSpec
+from vitft.train import batch_norms, set_train_mode
 
 MEASURED = 32  # photographs whose forward `--plan` times
 
@@ -242,17 +243,43 @@ def _check_trainable(prepared: Prepared) -> None:
     """What only model and data together can tell.
 
     Raises:
-        RecipeError: `train.batch_norm`: batches of one through batch normalisation.
+        RecipeError: `train.batch_norm`: batches of one through batch normalisation that is trained.
     """
     size = batch_size(prepared.recipe.train, prepared.device)
-    norms = [m for m in prepared.net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    if norms and prepared.recipe.mode == "full" and size == 1:
+    norms = _trained_norms(prepared)
+    if norms and size == 1:
         raise RecipeError.of(
             "train.batch_norm",
             prepared.recipe.place("train.batch_size"),
-            f"batch size 1 with {len(norms)} batch-normalisation layers",
+            f"batch size 1 with {len(norms)} batch-normalisation layers that are trained",
             "set train.batch_size to 2 or more",
         )
+
+
+def _trained_norms(prepared: Prepared) -> list[nn.Module]:
+    """Batch normalisation that training will put in train mode; the model is left as it is.
+
+    It stays in eval mode where the backbone is frozen, and where `train.tune` trains a few
+    parameters only.
+    """
+    recipe, net = prepared.recipe, prepared.net
+    if recipe.mode != "full" or recipe.train.tune != "all":
+        return []
+    modes = [(module, module.training) for module in net.modules()]
+    trains = [(parameter, parameter.requires_grad) for parameter in net.parameters()]
+    model.choose_trained(net, recipe.train.blocks, frozen_cnn=frozen_cnn(recipe))
+    set_train_mode(net)
+    found = batch_norms(net)
+    for module, mode in modes:
+        module.training = mode
+    for parameter, trained in trains:
+        parameter.requires_grad_(trained)
+    return found
+
+
+def frozen_cnn(recipe: Recipe) -> bool:
+    """Whether a hybrid's CNN stays as it is."""
+    return recipe.model.embed is not None and recipe.model.embed.frozen
 
 
 def _check_ranks(prepared: Prepared) -> None:
@@ -271,12 +298,18 @@ def _check_ranks(prepared: Prepared) -> None:
         text = f"batch size {size} cannot be shared evenly by {ranks.world} processes{why}"
         fix = f"set train.batch_size to a multiple of {unit}, such as {-(-size // unit) * unit}"
         raise RecipeError.of("train.ranks", recipe.place("train.batch_size"), text, fix)
-    norms = [m for m in prepared.net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = _trained_norms(prepared)
     if norms and prepared.device.type != "cuda":
-        text = f"{recipe.model.name} has {len(norms)} batch-normalisation layers, which torch "
-        text += f"joins over {ranks.world} processes on CUDA only"
+        text = f"{recipe.model.name} has {len(norms)} batch-normalisation layers to train, which "
+        text += f"torch joins over {ranks.world} processes on CUDA only"
         fix = "start one process, or take a model without batch normalisation"
         raise RecipeError.of("train.ranks", recipe.place("model.name"), text, fix)
+    last = len(prepared.index.rows("train")) % size
+    if norms and last and any(not len(part) for part in shares(last, ranks.world, pairs=mixes)):
+        text = f"the last of an epoch's batches leaves one of {ranks.world} processes with none of "
+        text += f"its {last} photographs, and joined batch normalisation needs some from each"
+        fix = f"take another train.batch_size, a multiple of {unit}, or fewer processes"
+        raise RecipeError.of("train.ranks", recipe.place("train.batch_size"), text, fix)
     if norms:
         convert_sync_batchnorm(prepared.net)  # type: ignore[no-untyped-call]  # timm's: keeps act
 
