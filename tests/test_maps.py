@@ -348,6 +348,16 @@ def test_networks_without_whole_attention_are_told_to_use_gradients(make, name):
         make(net, photos(*net.pretrained_cfg["input_size"][1:], batch=1))
 
 
+@pytest.mark.parametrize("make", [ours, timms])
+def test_only_the_end_of_a_network_is_differentiated(make):
+    net, seen = make(), []
+    for block in net.blocks:
+        block.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    maps.gradient(net, photos(32, 32))
+    assert seen == [False, False, True]
+    assert torch.is_grad_enabled()
+
+
 class Blind(OnePatch):
     def forward_head(self, x):
         return self.head(x.detach().mean(dim=(2, 3)) * self.head.weight.new_ones(1)) + 0 * self.zero

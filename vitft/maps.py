@@ -222,11 +222,12 @@ def gradient(net: nn.Module, images: Tensor, classes: Tensor | None = None) -> F
     Source: Draelos & Carin, HiResCAM, 2020 (arXiv 2011.08891); the same as Grad-CAM (arXiv
         1610.02391) where the features are averaged over places before the head.
     """
-    with _borrowed(net), torch.inference_mode(False), torch.enable_grad():
+    with _borrowed(net), torch.inference_mode(False), torch.no_grad():  # but see _branch
         leaf, logits = _branch(net, images.clone() if images.is_inference() else images.detach())
         if classes is None:
             classes = logits.argmax(dim=1)
-        score = logits.gather(1, classes.to(logits.device).unsqueeze(1)).sum()
+        with torch.enable_grad():
+            score = logits.gather(1, classes.to(logits.device).unsqueeze(1)).sum()
         (slope,) = torch.autograd.grad(score, leaf, allow_unused=True)
     if slope is None:
         raise _no_map(net, "no class depends on its last features")
@@ -235,19 +236,23 @@ def gradient(net: nn.Module, images: Tensor, classes: Tensor | None = None) -> F
 
 
 def _branch(net: Any, images: Tensor) -> tuple[Tensor, Tensor]:
-    """The last features with a place, as the start of a graph, and the logits [B, C] they make."""
+    """The last features with a place, as the start of a graph, and the logits [B, C] they make.
+
+    What comes before them is as fast as any answer of the network: nothing is kept of it.
+    """
     norm = getattr(net.blocks[-1], "norm1", None) if hasattr(net, "blocks") else None
     if norm is None:
-        with torch.no_grad():
-            features = net.forward_features(images)
+        features = net.forward_features(images)
         if not isinstance(features, Tensor) or features.ndim not in (3, 4):
             raise _no_map(net, "its last features are not a map")
         leaf = features.detach().requires_grad_()
-        return leaf, net.forward_head(leaf)
+        with torch.enable_grad():
+            return leaf, net.forward_head(leaf)
     # A class token is all that the head reads: the patches count where the last block reads them.
     leaves: list[Tensor] = []
 
     def replace(module: nn.Module, args: object, out: Tensor) -> Tensor:
+        torch.set_grad_enabled(True)  # until the end of this forward
         leaves.append(out.detach().requires_grad_())
         return leaves[-1]
 
@@ -256,6 +261,7 @@ def _branch(net: Any, images: Tensor) -> tuple[Tensor, Tensor]:
         logits = net(images)
     finally:
         handle.remove()
+        torch.set_grad_enabled(False)
     return leaves[-1], logits
 
 
