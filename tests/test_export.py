@@ -298,7 +298,9 @@ def test_the_hub_page_has_licence_numbers_with_intervals_and_says_what_is_not_ap
     assert "trained with vitft: vitflower\\_ti16, from random weights" in text  # not in a code span
     assert "250 photographs of 250 found were used" in text
     applied = page(replace(of_run, temperature=1.0), None, "mit", golden="flowers", divided=1.25)
-    assert "a temperature of 1.2500 was fitted" in applied
+    assert "a temperature of 1.2500 was fitted on 215 photographs of train and val" in applied
+    older = replace(of_run, extras={})
+    assert "was fitted on the validation split" in page(older, None, "mit", golden="flowers")
     assert "not applied" not in applied
 
 

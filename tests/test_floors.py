@@ -23,12 +23,13 @@ FLOORS = (
     # data, models and arrays
     "fetch pace store contents assign loaders vit model tune maps train sections cli answers",
     "probe audit curve graph twin card",
-    "data features product offline report compare cache hubpage",
+    "data features product offline report cache hubpage",
     # a whole run
-    "prepare proof near",
+    "prepare proof near compare",
     "boundary variants",
     "learn explain",
-    "findings ladder",
+    "relearn ladder",
+    "findings",
     "chapters",
     "writeup keep",
     # doors

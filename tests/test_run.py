@@ -103,7 +103,11 @@ def test_predict_gives_the_runs_own_predictions_exactly(tiny_recipe, tmp_path, m
         assert [float(a[k]) for k in columns] == [float(b[k]) for k in columns]
     assert capsys.readouterr().out.count("%") == 27
     told = json.loads((result.folder / "metrics.json").read_text())
-    assert told["trust"]["temperature"]["value"] != 1
+    temperature = told["trust"]["temperature"]
+    assert temperature["value"] != 1
+    assert temperature["interval"]["low"] <= temperature["value"] <= temperature["interval"]["high"]
+    assert ("never saw" in temperature["on"]) == (mode != "full")
+    assert product.load(result.folder)[1].extras["temperature"] == temperature
     loss = -np.mean([np.log(float(r[f"p:{r['label']}"])) for r in theirs])
     assert told["test"]["log_loss"] == pytest.approx(loss)  # of the probabilities that are told
     assert told["trust"]["calibration_after"]["log_loss"] == pytest.approx(loss)

@@ -33,7 +33,8 @@ def test_every_headline_number_has_its_interval():
     assert told["accuracy_interval"] == vars(wilson(98, 100))
     assert told["macro_f1_interval"] == {"low": 0.5, "high": 0.9}
     assert told["calibration_error_interval"] == vars(calibration.ece_interval)
-    single = {"n", "majority", "top_k"}
+    assert told["calibration_error_floor"] == calibration.ece_floor
+    single = {"n", "majority", "top_k", "calibration_error_floor"}
     numbers = {k for k in told if not k.endswith("_interval")} - single
     assert {f"{k}_interval" for k in numbers} == {k for k in told if k.endswith("_interval")}
 
@@ -44,6 +45,8 @@ def test_the_console_tells_every_class_with_both_intervals():
     assert first.startswith("macro F1 ")
     assert "[50.0, 90.0], balanced accuracy 97.5 % [40.0, 80.0], log loss " in first
     assert "[0.250, 0.750], calibration error " in first
+    floor = f"{100 * calibration.ece_floor:.1f}"
+    assert first.endswith(f"], where perfect probabilities would show {floor}")
     recall, precision = wilson(38, 40).percent(), wilson(38, 38).percent()
     assert daisy == f"  class0  recall 95.0 % {recall}  precision 100.0 % {precision}  (40)"
     assert other.endswith("(60)")

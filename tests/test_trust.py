@@ -67,6 +67,34 @@ def test_the_search_is_bounded():
     assert trust.fit_temperature(faint, labels).value == pytest.approx(trust.COLDEST, rel=0.01)
 
 
+def test_the_interval_holds_the_right_temperature():
+    inside, reach = [], []
+    for seed in range(100):
+        logits, labels = world(250, sharp=2.0, seed=seed)
+        found = trust.fit_temperature(logits, labels)
+        inside.append(2.0 in found.interval)
+        reach.append(found.interval.high / found.interval.low)
+    assert 0.9 <= np.mean(inside) <= 0.99
+    few = trust.fit_temperature(*world(40, sharp=2.0)).interval
+    assert few.high / few.low > 1.5 * np.mean(reach)
+
+
+def test_a_class_that_the_head_cannot_name_does_not_move_the_temperature():
+    logits, labels = world(300, sharp=2.0)
+    absent = np.column_stack([logits, np.full(300, -1e4)])
+    found, without = trust.fit_temperature(absent, labels), trust.fit_temperature(logits, labels)
+    assert found.value == pytest.approx(without.value, rel=0.02)
+    assert found.interval.high == pytest.approx(without.interval.high, rel=0.02)
+
+
+def test_the_sentence_says_when_a_temperature_cannot_be_told_from_none():
+    found = trust.Temperature(1.2, 40, 0.9, 0.8, Interval(0.9, 1.6), "photographs of val")
+    said = "temperature 1.20 [0.90, 1.60], fitted on 40 photographs of val"
+    assert found.sentence() == f"{said}; it cannot be told from 1, none at all"
+    clear = trust.Temperature(1.2, 1234, 0.9, 0.8, Interval(1.1, 1.3), "others")
+    assert clear.sentence() == "temperature 1.20 [1.10, 1.30], fitted on 1,234 others"
+
+
 def test_no_images_or_one_class_change_nothing():
     assert trust.fit_temperature(np.zeros((0, 3)), []).value == 1.0
     assert trust.fit_temperature([[2.0]], [0]).value == 1.0

@@ -49,7 +49,8 @@ class Card:
         recipe: The resolved recipe's text.
         hashes: sha256 of data (all rows of the split), of weights and of the backbone.
         metrics: The run's test numbers; fractions 0 to 1.
-        extras: Further JSON of later rooms (threshold for "I don't know", distances to train).
+        extras: Further JSON of later rooms (what the temperature was fitted on, threshold for "I
+            don't know").
         format: Of these attributes.
     """
 

@@ -137,9 +137,9 @@ def _calibration(found: Findings) -> Section:
     if found.temperature is not None:
         t = found.temperature
         blocks.append(
-            f"The temperature was fitted on {t.n:,} val photographs and travels in the model file; "
-            "predict applies it. It changes no answer, only how sure it sounds. Loaded through "
-            "plain timm the model gives logits without it."
+            f"{t.sentence().replace('t', 'T', 1)}. It travels in the model file and predict "
+            "applies it. It changes no answer, only how sure it sounds. Loaded through plain timm "
+            "the model gives logits without it."
         )
     return Section("calibration", "Can the probabilities be believed?", summary, tuple(blocks))
 

@@ -1,9 +1,9 @@
 """What a run can say about its own numbers: doubt, leaks, wrong labels, calibration.
 
 Everything rests on what the run computed anyway: logits of val and test, and the plain features of
-a frozen backbone. Val chooses (temperature, thresholds), test is only measured. Where the backbone
-was trained there are no features that the labels have not shaped, and the parts that need them are
-left out and said to be.
+a frozen backbone. Train and val choose (temperature, thresholds), test is only measured. Where the
+backbone was trained there are no features that the labels have not shaped, and the parts that need
+them are left out and said to be.
 """
 
 import time
@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from vitft import audit, curve, doubt, io, stats, suspects, trust
 from vitft.console import say
 from vitft.evaluate import Predictions
-from vitft.learn import Learned, band_of_heads, extract, head_fit
+from vitft.learn import Learned, extract
 from vitft.prepare import Prepared
+from vitft.relearn import head_fit, head_seeds, held_out, val_is_known
 from vitft.split import SPLITS
 
 ERRORS = (0.01, 0.02, 0.05)  # targets told where the recipe names none
@@ -27,7 +28,7 @@ NEIGHBOURS = 3  # train photographs shown beside a mistake
 BLOCK = 256  # scored photographs compared at once
 LEAST_PER_FOLD = 4  # photographs of the rarest class for a fold to mean anything
 UNSURE = (
-    "whether temperature, thresholds and the limit for foreign pictures hold: probe.refit let the "
+    "whether thresholds and the limit for foreign pictures hold: probe.refit let the "
     "head learn from val, where they were chosen; set probe.refit: false to rely on them"
 )
 
@@ -37,7 +38,7 @@ class Findings:
     """Numbers about the numbers; None where a part was switched off or not possible.
 
     Attributes:
-        temperature: Fitted on val; stored in the product and applied to what the report shows.
+        temperature: Stored in the product and applied to what the report shows.
         before: Calibration of the scored split without it.
         after: The same with it.
         abstain: Threshold chosen on val for the recipe's `trust.max_error`.
@@ -126,46 +127,41 @@ def find(p: Prepared, learned: Learned, predictions: Predictions, val: Predictio
         val: Of val.
     """
     spec, clock = p.recipe.trust, _Clock()
-    left_out = [UNSURE] if _val_is_known(p) else []
-    temperature = None
-    if spec.calibrate:
-        temperature = clock("calibration", lambda: trust.fit_temperature(val.logits, val.labels))
-    t = temperature.value if temperature else 1.0
-    before = clock("calibration", lambda: _calibration(p, predictions, 1.0))
-    after = clock("calibration", lambda: _calibration(p, predictions, t)) if temperature else None
-    targets = [e for e in (spec.max_error or 0.0, *ERRORS) if e]
-    offers = clock("abstaining", lambda: {e: _offer(p, predictions, val, t, e) for e in targets})
-    chosen = offers.pop(spec.max_error) if spec.max_error else (None, None)
+    known = val_is_known(p, learned)
+    left_out = [UNSURE] if known else []
     x = clock("features", lambda: all_features(p, learned, left_out))
-    links = clock("leaks", lambda: copies(p, x)) if spec.audit else None
-    doubted = None
-    if spec.suspects and x is not None:
-        doubted = clock("suspects", lambda: _suspects(p, learned, x, links, left_out))
-    growth, gains = None, ()
-    if spec.learning_curve and x is not None:
-        growth, gains = clock("learning curve", lambda: _growth(p, learned, x, left_out))
+    links = clock("leaks", lambda: _copies(p, x))
+    fitted = clock("temperature", lambda: _temperature(p, learned, val, x, links))
+    t = fitted.value if fitted else 1.0
+    before = clock("calibration", lambda: _calibration(p, predictions, 1.0))
+    after = clock("calibration", lambda: _calibration(p, predictions, t)) if fitted else None
+    targets = [e for e in (spec.max_error or 0.0, *ERRORS) if e]
+    offers = clock(
+        "abstaining", lambda: {e: _offer(predictions, val, t, e, known) for e in targets}
+    )
+    chosen = offers.pop(spec.max_error) if spec.max_error else (None, None)
+    doubted = clock("suspects", lambda: _suspects(p, learned, x, links, left_out))
+    growth, gains = clock("learning curve", lambda: _growth(p, learned, x, left_out))
     right = predictions.logits.argmax(axis=1) == predictions.labels
     band = clock("seed band", lambda: _band(p, learned))
     intervals = clock("intervals", lambda: _intervals(p, predictions, t))
-    foreign = clock("foreign pictures", lambda: _foreign(p, x, val)) if x is not None else None
-    nearest = clock("nearest", lambda: _nearest(p, x)) if x is not None else None
+    foreign = clock("foreign pictures", lambda: _foreign(p, x, val))
+    nearest = clock("nearest", lambda: _nearest(p, x))
     say(f"what the findings cost: {cost(clock.seconds)}")
     return Findings(
-        temperature=temperature,
+        temperature=fitted,
         before=before,
         after=after,
         abstain=chosen[0],
         accepted=chosen[1],
         offers=offers,
         foreign=foreign,
-        alarms=_alarms(p, x, foreign, predictions)
-        if foreign is not None and x is not None
-        else None,
+        alarms=_alarms(p, x, foreign, predictions),
         nearest=nearest,
         links=links,
-        honest=_honest(p, links, right) if links is not None else None,
+        honest=_honest(p, links, right),
         doubted=doubted,
-        clean=_clean(p, doubted, right) if doubted is not None else None,
+        clean=_clean(p, doubted, right),
         growth=growth,
         gains=gains,
         band=band,
@@ -189,8 +185,9 @@ class _Clock:
 
 
 def cost(seconds: Mapping[str, float]) -> str:
-    """What each part took, in words."""
-    return ", ".join(f"{name} {s:.1f} s" for name, s in seconds.items())
+    """What each part took, in words; parts that took no time are not named."""
+    told = (f"{name} {s:.1f} s" for name, s in seconds.items() if s >= 0.05)
+    return ", ".join(told) or "less than 0.1 s each"
 
 
 # -- the parts ------------------------------------------------------------------------------------
@@ -205,16 +202,28 @@ def _calibration(p: Prepared, predictions: Predictions, temperature: float) -> t
     )
 
 
-def _val_is_known(p: Prepared) -> bool:
-    """Whether the head has learned from val, so that nothing chosen there can be promised."""
-    return p.recipe.probe.refit and p.recipe.mode in ("probe", "ladder")
+def _temperature(
+    p: Prepared,
+    learned: Learned,
+    val: Predictions,
+    x: NDArray[np.float32] | None,
+    links: audit.Links | None,
+) -> trust.Temperature | None:
+    """Copies stay in one fold, or they would vouch for each other."""
+    if not p.recipe.trust.calibrate:
+        return None
+    groups = p.index.sha256 if links is None else links.group.tolist()
+    unseen = held_out(p, learned, val, x, groups)
+    found = trust.fit_temperature(unseen.logits, unseen.labels, unseen.on)
+    say(found.sentence())
+    return found
 
 
 def _offer(
-    p: Prepared, predictions: Predictions, val: Predictions, temperature: float, max_error: float
+    predictions: Predictions, val: Predictions, temperature: float, max_error: float, known: bool
 ) -> tuple[doubt.Abstain, doubt.Accepted]:
     chosen = doubt.abstain(val.probabilities(temperature), val.labels, max_error)
-    if _val_is_known(p):
+    if known:
         words = "a best guess, not a promise: probe.refit let the head learn from val"
         chosen = replace(chosen, promised=False, words=words)
     probabilities = predictions.probabilities(temperature)
@@ -240,6 +249,10 @@ def all_features(p: Prepared, learned: Learned, left_out: list[str]) -> NDArray[
     return x
 
 
+def _copies(p: Prepared, x: NDArray[np.float32] | None) -> audit.Links | None:
+    return copies(p, x) if p.recipe.trust.audit else None
+
+
 def copies(p: Prepared, x: NDArray[np.float32] | None) -> audit.Links:
     """Copies and near-copies among all photographs."""
     files = [p.index.file(i) for i in range(len(p.index.paths))]
@@ -247,8 +260,12 @@ def copies(p: Prepared, x: NDArray[np.float32] | None) -> audit.Links:
     return audit.link(p.index.sha256, prints, x)
 
 
-def _honest(p: Prepared, links: audit.Links, right: NDArray[np.bool_]) -> audit.Honest:
+def _honest(
+    p: Prepared, links: audit.Links | None, right: NDArray[np.bool_]
+) -> audit.Honest | None:
     """Linked here: a copy or near-copy in another split than the scored one."""
+    if links is None:
+        return None
     rows = p.index.rows(p.test_split)
     elsewhere = np.ones(len(p.index.labels), bool)
     elsewhere[rows] = False
@@ -259,10 +276,12 @@ def _honest(p: Prepared, links: audit.Links, right: NDArray[np.bool_]) -> audit.
 def _suspects(
     p: Prepared,
     learned: Learned,
-    x: NDArray[np.float32],
+    x: NDArray[np.float32] | None,
     links: audit.Links | None,
     left_out: list[str],
 ) -> suspects.Suspects | None:
+    if x is None or not p.recipe.trust.suspects:
+        return None
     counts = np.bincount(p.index.labels, minlength=len(p.index.classes))
     if counts.min() < LEAST_PER_FOLD:
         left_out.append(
@@ -281,9 +300,11 @@ def _suspects(
 
 
 def _growth(
-    p: Prepared, learned: Learned, x: NDArray[np.float32], left_out: list[str]
+    p: Prepared, learned: Learned, x: NDArray[np.float32] | None, left_out: list[str]
 ) -> tuple[curve.Curve | None, tuple[curve.ClassGain, ...]]:
     """The curve on val: the test photographs stay out of planning."""
+    if x is None or not p.recipe.trust.learning_curve:
+        return None, ()
     train, val = p.index.rows("train"), p.index.rows("val")
     y = p.index.labels
     counts = np.bincount(y[train], minlength=len(p.index.classes))
@@ -300,16 +321,22 @@ def _growth(
     return growth, tuple(sorted(gains, key=lambda g: -g.loss))
 
 
-def _clean(p: Prepared, doubted: suspects.Suspects, right: NDArray[np.bool_]) -> audit.Share:
+def _clean(
+    p: Prepared, doubted: suspects.Suspects | None, right: NDArray[np.bool_]
+) -> audit.Share | None:
     """Accuracy on the scored photographs whose label is not doubted."""
+    if doubted is None:
+        return None
     rows = p.index.rows(p.test_split)
     trusted = ~np.isin(rows, doubted.rows)
     k, n = int(right[trusted].sum()), int(trusted.sum())
     return audit.Share(k, n, k / n if n else float("nan"), stats.wilson(k, n))
 
 
-def _nearest(p: Prepared, x: NDArray[np.float32]) -> NDArray[np.int64]:
+def _nearest(p: Prepared, x: NDArray[np.float32] | None) -> NDArray[np.int64] | None:
     """By cosine of the features, the closest first, in blocks so that memory stays flat."""
+    if x is None:
+        return None
     train, scored = p.index.rows("train"), p.index.rows(p.test_split)
     unit = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
     known = unit[train].T  # [D, n_train]
@@ -320,24 +347,31 @@ def _nearest(p: Prepared, x: NDArray[np.float32]) -> NDArray[np.int64]:
     )
 
 
-def _foreign(p: Prepared, x: NDArray[np.float32], val: Predictions) -> doubt.Foreign:
+def _foreign(p: Prepared, x: NDArray[np.float32] | None, val: Predictions) -> doubt.Foreign | None:
     """Strangeness against train, its limit from val."""
+    if x is None:
+        return None
     train, rows = p.index.rows("train"), p.index.rows("val")
     alarms, seed = p.recipe.trust.foreign_alarms, p.recipe.seed
     return doubt.fit_foreign(x[train], x[rows], val.logits, alarms=alarms, seed=seed)
 
 
 def _alarms(
-    p: Prepared, x: NDArray[np.float32], foreign: doubt.Foreign, predictions: Predictions
-) -> audit.Share:
+    p: Prepared,
+    x: NDArray[np.float32] | None,
+    foreign: doubt.Foreign | None,
+    predictions: Predictions,
+) -> audit.Share | None:
     """Scored photographs that are called foreign, all by mistake as far as is known."""
+    if x is None or foreign is None:
+        return None
     called = foreign.is_foreign(x[p.index.rows(p.test_split)], predictions.logits)
     k, n = int(called.sum()), len(called)
     return audit.Share(k, n, k / n, stats.wilson(k, n))
 
 
 def _band(p: Prepared, learned: Learned) -> trust.SeedBand | None:
-    what, accuracies = band_of_heads(p, learned)
+    what, accuracies = head_seeds(p, learned)
     if not accuracies:
         return None
     band = trust.seed_band(accuracies, what)

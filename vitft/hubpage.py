@@ -244,8 +244,8 @@ def _temperature(card: Card, divided: float) -> Iterator[str]:
         return
     if divided != 1:
         yield (
-            f"Calibration: a temperature of {divided:.4f} was fitted on the validation split. It "
-            "is part of the head's weights, so that the plain softmax of timm and transformers "
+            f"Calibration: a temperature of {divided:.4f} was fitted on {_fitted(card)}. It is "
+            "part of the head's weights, so that the plain softmax of timm and transformers "
             "gives the calibrated probabilities; the log loss holds for these."
         )
         return
@@ -253,11 +253,19 @@ def _temperature(card: Card, divided: float) -> Iterator[str]:
         yield "Calibration: the temperature that was fitted is 1, the plain softmax is calibrated."
         return
     yield (
-        f"Calibration: a temperature of {card.temperature:.4f} was fitted on the validation split. "
+        f"Calibration: a temperature of {card.temperature:.4f} was fitted on {_fitted(card)}. "
         "It is **not applied** in this format, since timm and transformers take the plain softmax; "
         "divide the logits by it before the softmax to get the calibrated probabilities. "
         "vitft's own predict and its ONNX and pt2 exports apply it."
     )
+
+
+def _fitted(card: Card) -> str:
+    """What the temperature was fitted on, as the Card tells it."""
+    told = _object(card.extras.get("temperature"))
+    n, on = told.get("n"), told.get("on")
+    known = isinstance(n, int) and isinstance(on, str)
+    return f"{n:,} {_plain(str(on))}" if known else "the validation split"
 
 
 def _limits(card: Card, split: str, scores: Mapping[str, Any]) -> Iterator[str]:

@@ -14,7 +14,6 @@ first rank's work; where photographs run through the model being trained, all ma
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from math import ceil
 from typing import Any, cast
 
 import numpy as np
@@ -39,8 +38,6 @@ from vitft.prepare import (
     trains_model,
 )
 
-MIDDLE = 1e-2  # strength where none was chosen: on flowers within the plateau of the path
-
 Rows = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
@@ -56,6 +53,7 @@ class Learned:
         backbone_frozen: The backbone's hash was equal before and after; None in mode full.
         train_views: Features [V, N, D] the head was trained on, where it was.
         rungs: Records of a ladder's steps.
+        solved: `logistic` or `ridge`, where the head was solved rather than trained.
     """
 
     history: tuple[dict[str, Any], ...]
@@ -64,6 +62,7 @@ class Learned:
     backbone_frozen: bool | None
     train_views: Features | None = None
     rungs: tuple[dict[str, Any], ...] = ()
+    solved: str = ""
 
 
 @dataclass(frozen=True)
@@ -161,33 +160,40 @@ def solve_head(p: Prepared, hooks: Hooks, kind: str) -> Learned:
         hooks.on_record(record)
     best = next(r for r in history if r["chosen"])
     say(f"{kind}: strength {solved.strength:.3g}, val accuracy {100 * best['val_accuracy']:.1f} %")
-    return Learned(history, best, seen, None)
+    return Learned(history, best, seen, None, solved=kind)
 
 
 def train_head(p: Prepared, hooks: Hooks) -> Learned:
     """The head through the training loop, on cached views or through the backbone."""
     if p.recipe.head.views == "online":
         photos = p.photos("train", augment=True, keep=True)
-        result = _fit(p, p.net, p.batches(photos, train=True), hooks)
+        result = fit(p, p.net, p.batches(photos, train=True), hooks)
         return Learned(result.history, result.best, {}, None)
     seen = {"val": extract(p, "val")}
     views = int(p.recipe.head.views)
     cached = extract(p, "train", views=views)
     if views == 1:
         seen["train"] = cached
-    rows = _view_batches(p, cached, p.recipe.seed)
+    rows = view_batches(p, cached, p.recipe.seed)
     _init_head(p, lambda: cached)
-    result = _fit(p, model.classifier(p.net), rows, hooks, predict=_of_head(p, seen["val"]))
+    result = fit(p, model.classifier(p.net), rows, hooks, predict=of_head(p, seen["val"]))
     return Learned(result.history, result.best, seen, None, cached)
 
 
-def _view_batches(p: Prepared, cached: Features, seed: int) -> features.Views:
+def view_batches(
+    p: Prepared, cached: Features, seed: int, rows: Ints | None = None
+) -> features.Views:
+    """Cached views of train, or of some of its rows, as the training loop takes them."""
+    files = p.photos("train").files
+    if rows is not None:
+        cached = replace(cached, x=cached.x[:, rows], y=cached.y[rows])
+        files = tuple(files[i] for i in rows)
     return features.Views(
         cached,
         batch_size=batch_size(p.recipe.train, p.device),
         seed=seed,
         device=p.device,
-        names=p.photos("train").files,
+        names=files,
         balanced=p.recipe.train.sampling == "balanced",
     )
 
@@ -235,14 +241,14 @@ def _merge(p: Prepared) -> None:
 
 def _fit_photos(p: Prepared, hooks: Hooks) -> train.Result:
     batches = p.batches(p.photos("train", augment=True, keep=True), train=True)
-    return _fit(p, p.net, batches, hooks)
+    return fit(p, p.net, batches, hooks)
 
 
 def _fit_tail(p: Prepared, hooks: Hooks, views: int) -> train.Result:
     """The last blocks on activations that were computed once."""
     kept, val = boundary.keep(p, "train", views=views), boundary.keep(p, "val", views=1)
     part = boundary.tail(p.net, int(p.recipe.train.blocks or 0))
-    return _fit(
+    return fit(
         p,
         part,
         boundary.batches(p, kept),
@@ -278,7 +284,7 @@ def _init_head(p: Prepared, train_features: Callable[[], Features]) -> None:
         model.set_head(p.net, torch.as_tensor(solved.weight), torch.as_tensor(solved.bias))
 
 
-def _fit(
+def fit(
     p: Prepared,
     net: nn.Module,
     batches: train.Batches,
@@ -286,6 +292,15 @@ def _fit(
     *,
     predict: Callable[[nn.Module], Predictions] | None = None,
 ) -> train.Result:
+    """The training loop over a model, a part of it or a head, as the recipe says.
+
+    Args:
+        p: The run's data and model.
+        net: What is trained, in place.
+        batches: That it learns from.
+        hooks: The run's side.
+        predict: Its answers on val; by default of a whole model.
+    """
     spec = p.recipe.train
     with hooks.listen() as stop:
         trainer = train.Trainer(
@@ -350,7 +365,7 @@ def _shared(
     return ask
 
 
-def _of_head(p: Prepared, val: Features) -> Callable[[nn.Module], Predictions]:
+def of_head(p: Prepared, val: Features) -> Callable[[nn.Module], Predictions]:
     """A head's answers on the cached features of val."""
     return lambda head: head_predictions(head, val, p.device)
 
@@ -373,78 +388,3 @@ def extract(p: Prepared, split: str, *, views: int = 1) -> Features:
 def head_predictions(head: nn.Module, rows: Features, device: torch.device) -> Predictions:
     """A head over plain features, as prediction computes it."""
     return Predictions(features.head_logits(head, rows.x[0], device), rows.y)
-
-
-def head_fit(p: Prepared, learned: Learned) -> Callable[[Rows, Ints, Rows], NDArray[np.float64]]:
-    """(x, y, other x) -> logits of the other rows, from a linear head solved on (x, y).
-
-    The strength is the one that val chose in mode probe, elsewhere a middle one.
-    """
-    from vitft import probe
-
-    strength = float(learned.best.get("strength", MIDDLE))
-
-    def fit(x: Rows, y: Ints, others: Rows) -> NDArray[np.float64]:
-        solved = probe.logistic_path(
-            x,
-            y,
-            x[:1],
-            y[:1],
-            classes=len(p.index.classes),
-            strengths=(strength,),
-            tol=1e-4,
-            max_iter=p.recipe.probe.max_iter,
-            device=p.device,
-        )
-        return np.asarray(others @ solved.weight.T + solved.bias, dtype=np.float64)
-
-    return fit
-
-
-def band_of_heads(p: Prepared, learned: Learned) -> tuple[str, list[float]]:
-    """What differed, and the accuracies on the scored split of as many heads; none where none can.
-
-    Cached features make it cheap. A trained head has a seed of its own (its start, its order, its
-    views). A solved one has none: there the seed decides which photographs train, so train and val
-    are drawn anew within each class, as large as they were. A trained backbone is trained once.
-    """
-    seeds, views = range(1, p.recipe.trust.head_seeds + 1), learned.train_views
-    drawn = learned.backbone_frozen and {"train", "val"} <= learned.features.keys()
-    if not seeds or (views is None and not drawn):
-        return "", []
-    scored = learned.features.get(p.test_split) or extract(p, p.test_split)
-    if views is not None:
-        return "head seeds", [_seeded(p, learned, views, scored, k) for k in seeds]
-    return "draws of the training photographs", [_redrawn(p, learned, scored, k) for k in seeds]
-
-
-def _seeded(p: Prepared, learned: Learned, views: Features, scored: Features, k: int) -> float:
-    """Accuracy of a head trained once more, from another seed."""
-    seed = derive_seed(p.recipe.seed, "band", k)
-    head = nn.Linear(scored.x.shape[2], len(p.index.classes))
-    with torch.random.fork_rng([]):
-        torch.manual_seed(seed)
-        nn.init.trunc_normal_(head.weight, std=0.02)
-        nn.init.zeros_(head.bias)
-    rows, val = _view_batches(p, views, seed), learned.features["val"]
-    _fit(p, head.to(p.device), rows, Hooks(), predict=_of_head(p, val))
-    return evaluate.accuracy(head_predictions(head, scored, p.device))
-
-
-def _redrawn(p: Prepared, learned: Learned, scored: Features, k: int) -> float:
-    """Accuracy of a head solved on another draw of train and val together."""
-    train, val = learned.features["train"], learned.features["val"]
-    if p.test_split == "val":  # what is scored must not train
-        x, y = train.x[0], train.y
-    else:
-        x, y = np.concatenate([train.x[0], val.x[0]]), np.concatenate([train.y, val.y])
-    rng = np.random.default_rng(derive_seed(p.recipe.seed, "band", k))
-    share = len(train.y) / (len(train.y) + len(val.y))
-    rows = np.concatenate(
-        [
-            rng.permutation(np.flatnonzero(y == c))[: ceil(share * (y == c).sum())]
-            for c in np.unique(y)
-        ]
-    )
-    logits = head_fit(p, learned)(x[rows], y[rows], scored.x[0])
-    return float((logits.argmax(axis=1) == scored.y).mean())

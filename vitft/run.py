@@ -269,7 +269,9 @@ def make_card(p: Prepared, scores: Scores, found: Findings) -> Card:
     """The product's self-description."""
     options = dict(cast(Any, p.net)._model_args)  # what timm's factory recorded for its exports
     options.pop("num_classes", None)
-    extras = {}
+    extras: dict[str, Any] = {}
+    if found.temperature is not None:
+        extras["temperature"] = asdict(found.temperature)
     if found.abstain is not None:  # a threshold that accepts nothing is infinite, JSON is not
         extras["abstain"] = asdict(found.abstain) | {"threshold": min(found.abstain.threshold, 2.0)}
     return Card(

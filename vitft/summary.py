@@ -20,6 +20,9 @@ def headline(
 ) -> dict[str, Any]:
     """The headline numbers, each with `<name>_interval`; fractions 0 to 1.
 
+    A few photographs show a calibration error however right the probabilities are: how large it
+    would be is `calibration_error_floor`.
+
     Args:
         scores: Of the scored split, the log loss with the temperature that predict applies.
         intervals: Of `balanced_accuracy`, `macro_f1` and `log_loss`.
@@ -35,6 +38,7 @@ def headline(
         "log_loss": scores.log_loss,
         "calibration_error": calibration.ece,
         "calibration_error_interval": asdict(calibration.ece_interval),
+        "calibration_error_floor": calibration.ece_floor,
         **spread,
         "majority": scores.majority,
         "top_k": {str(k): v for k, v in scores.top_k.items()},
@@ -50,7 +54,8 @@ def lines(
         f"macro F1 {_percent(scores.macro_f1, f1)}, balanced accuracy"
         f" {_percent(scores.balanced_accuracy, balanced)}, log loss {scores.log_loss:.3f}"
         f" [{loss.low:.3f}, {loss.high:.3f}], calibration error"
-        f" {100 * calibration.ece:.1f} points {calibration.ece_interval.percent()}"
+        f" {100 * calibration.ece:.1f} points {calibration.ece_interval.percent()}, where perfect"
+        f" probabilities would show {100 * calibration.ece_floor:.1f}"
     )
     # By the upper end: a class that is surely found seldom, not one with three photographs.
     ranked = sorted(scores.per_class, key=lambda c: c.recall_interval.high)

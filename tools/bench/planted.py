@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from record import Row, verdict, write
 
-from vitft import findings, learn, prepare, recipe, stats, suspects
+from vitft import findings, learn, prepare, recipe, relearn, stats, suspects
 from vitft.findings import all_features
 from vitft.learn import Learned
 from vitft.prepare import Prepared
@@ -105,7 +105,7 @@ def ways(p: Prepared, learned: Learned, x: NDArray[np.float32]) -> dict[str, Fla
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
-    classes, fit = len(p.index.classes), learn.head_fit(p, learned)
+    classes, fit = len(p.index.classes), relearn.head_fit(p, learned)
     groups = list(findings.copies(p, x).group)
 
     def ours(labels: Ints, seed: int) -> Mask:
