@@ -9,20 +9,22 @@ from conftest import paint
 from markup import Markup
 from rows import contents
 
-from vitft import compare, io, recipe, stats
+from vitft import compare, fetch, io, offline, recipe, stats
 from vitft.cli import door
 from vitft.errors import DataError, RecipeError
 
 CLASSES = ("daisy", "rose")
 
 
-def write_run(folder, right, *, photos=None, name="head", kind="test", labels=None, shas=None):
+def write_run(
+    folder, right, *, photos=None, name="head", kind="test", labels=None, shas=None, paths=None
+):
     """A finished run: photograph i is named correctly where right[i]; half of each class."""
     right = np.asarray(right, bool)
     n = len(right)
     labels = labels or [CLASSES[i % 2] for i in range(n)]
     shas = shas or [f"{i:064x}" for i in range(n)]
-    paths = [f"{label}/{i:03d}.jpg" for i, label in enumerate(labels)]
+    paths = paths or [f"{label}/{i:03d}.jpg" for i, label in enumerate(labels)]
     split = [[p, s, la, kind, ""] for p, s, la in zip(paths, shas, labels, strict=True)]
     split.append(["daisy/trained.jpg", "f" * 64, "daisy", "train", ""])
     said = []
@@ -215,6 +217,26 @@ def test_the_page_shows_the_disagreements(tmp_path):
     assert {f"{CLASSES[i % 2]}/{i:03d}.jpg" for i in range(n) if f"/{i:03d}.jpg" in said} == {
         f"{CLASSES[i % 2]}/{i:03d}.jpg" for i in (6, 7, 8, 9)
     }
+
+
+def test_pictures_of_the_bundled_sample_are_on_the_page_and_none_is_downloaded(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(fetch, "dataset", lambda *a, **k: pytest.fail("asked the network"))
+    files = sorted(offline.data_root("sample:flowers").rglob("*.jpg"))[:6]
+    paths = [f"{f.parent.name}/{f.name}" for f in files]
+    shas = [io.sha256_file(f) for f in files]
+    for root, shown in (("sample:flowers", 6), ("flower_photos", 0)):
+        home = tmp_path / root.replace(":", "-")
+        runs = []
+        for k, name in enumerate("ab"):
+            marks_ = [k == 0] * 6
+            folder = write_run(home / name, marks_, labels=["daisy"] * 6, shas=shas, paths=paths)
+            spec = recipe.parse(f'mode: head\ndata: {{root: "{root}"}}', "r.yaml", home)
+            io.write_text(folder / "recipe.resolved.yaml", recipe.dump(spec))
+            runs.append(compare.read_run(folder, "AB"[k]))
+        text = compare.page(compare.compare(runs))
+        assert text.count("data:image/jpeg;base64,") == shown
 
 
 def test_a_page_never_lies_in_the_data_nor_replaces_what_was_read(tmp_path):

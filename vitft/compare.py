@@ -19,7 +19,7 @@ from string import ascii_uppercase
 import numpy as np
 from numpy.typing import NDArray
 
-from vitft import console, gallery, images, io, recipe, stats
+from vitft import console, gallery, images, io, offline, recipe, stats
 from vitft.console import say
 from vitft.errors import DataError, MachineError, RecipeError, escape
 from vitft.pages import Bullets, Gallery, Photo, Section, Table, percent, render
@@ -416,8 +416,11 @@ class _Pictures:
 
 def _root(folder: Path) -> Path | None:
     """Where a run's photographs lie, by its recipe; None where they do not any more."""
-    found = recipe.data_of(folder)
-    return next((root if root.is_dir() else root.parent for root in found), None)
+    try:
+        root = recipe.load(folder / "recipe.resolved.yaml").data.root
+    except RecipeError:
+        return None
+    return offline.base(root) if offline.is_here(root) else None
 
 
 def _thumbnail(path: Path, sha256: str) -> bytes | None:

@@ -94,8 +94,7 @@ def of_run(path: Path, net: nn.Module, card: Card, device: torch.device) -> Near
 
 def _train_rows(run: Path, spec: recipe.Recipe) -> list[tuple[Path, str, str]]:
     """File, label and sha256 of the training photographs that are here."""
-    root = offline.data_root(spec.data.root)
-    root = root if root.is_dir() else root.parent
+    root = offline.base(spec.data.root)
     table = read_table(run / "split.csv", required=("path", "sha256", "label", "split"))
     rows = [
         row for row in table if row.get("split") == "train" and SHA256.fullmatch(row.get("sha256"))

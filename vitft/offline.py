@@ -6,6 +6,7 @@ only to what the recipe's `offline:` block says. What was replaced is returned a
 console, the report and `metrics.json`.
 """
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,24 @@ def data_root(root: str) -> Path:
     if root in fetch.DATASETS:
         return fetch.dataset(root)
     return Path(root)
+
+
+def base(root: str) -> Path:
+    """The folder that the paths of split.csv and predictions.csv are relative to.
+
+    Raises:
+        MachineError: As `data_root`.
+    """
+    found = data_root(root)
+    return found if found.is_dir() else found.parent
+
+
+def is_here(root: str) -> bool:
+    """Whether `data.root` can be read without a network."""
+    if root == SAMPLE:
+        return True
+    place = fetch.cached(root) if root in fetch.DATASETS else Path(root)
+    return place is not None and os.path.exists(place)  # noqa: PTH110  (False where not allowed)
 
 
 def _weights_can_be_had(recipe: Recipe) -> bool:

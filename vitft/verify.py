@@ -53,8 +53,7 @@ def verify(folder: Path, device: str = "auto") -> tuple[Check, ...]:
     _require_all(folder)
     claimed, was = _claims(folder / "metrics.json")
     spec = recipe.load(folder / "recipe.resolved.yaml")
-    root = offline.data_root(spec.data.root)
-    root = root if root.is_dir() else root.parent
+    root = offline.base(spec.data.root)
     rows = read_table(folder / "split.csv", required=("path", "sha256"))
     said = read_table(folder / "predictions.csv", required=("path", "label", "prediction"))
     checks = [_photographs(root, rows), _weights(spec, was), _product(folder)]
