@@ -6,7 +6,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from vitft.errors import DataError
-from vitft.probe import STRENGTHS, knn, logistic_path, ridge_path
+from vitft.probe import knn, logistic_path, ridge_path
+from vitft.schema import STRENGTHS
 
 
 def table(n=150, d=12, c=3, seed=0, scale=1.5):

@@ -36,8 +36,8 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from vitft.errors import DataError
+from vitft.schema import STRENGTHS
 
-STRENGTHS = tuple(float(v) for v in 10 ** np.linspace(-6, 5, 45))
 CONSTANT = 1e-6  # deviation over magnitude, below which a float32 feature holds rounding only
 NULL = 1e-10  # eigenvalue over the largest, below which fewer rows than features span nothing
 ABSENT = -1e4  # bias of a class without training photographs: never named, exports as float16

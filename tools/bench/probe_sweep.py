@@ -29,7 +29,8 @@ from record import Row, verdict, write
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from vitft.probe import STRENGTHS, logistic_path
+from vitft.probe import logistic_path
+from vitft.schema import STRENGTHS
 
 GOAL, QUICK_GOAL, EQUAL = 15.0, 5.0, 1e-4
 LEAST_SINGLE, LEAST = 1e-7, 1e-11  # tol below which float32, and any, wins nothing more
