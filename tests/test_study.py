@@ -80,6 +80,24 @@ def test_one_seed_takes_the_exact_test_as_compare_does():
     assert not pair.distinguishable  # Student's t would claim p = 0.025
 
 
+def test_few_photographs_that_differ_are_judged_by_their_signs():
+    a = np.ones((3, 1000), bool)
+    a[:, :4] = False  # b has four photographs more, with every seed
+    (pair,) = trials.contrasts({"a": a, "b": np.ones((3, 1000), bool)})
+    assert pair.difference.p == pytest.approx(2 * 0.5**4)
+    assert trials.mean(1.0 - a).p < 0.05  # Student's t alone would claim it
+    a[:, :30] = False
+    (many,) = trials.contrasts({"a": a, "b": np.ones((3, 1000), bool)})
+    assert many.difference.p == pytest.approx(trials.mean(1.0 - a).p)
+
+
+def test_seeds_that_disagree_keep_the_larger_p():
+    a, b = np.ones((2, 100), bool), np.ones((2, 100), bool)
+    a[0, :6] = False  # six photographs, with one seed of the two
+    (pair,) = trials.contrasts({"a": a, "b": b})
+    assert pair.difference.p == trials.mean(b.astype(float) - a).p > 2 * 0.5**6
+
+
 # --- files ---------------------------------------------------------------------------------------
 
 
