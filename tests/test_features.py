@@ -20,7 +20,7 @@ from vitft.evaluate import fixed_batch, in_fixed_shape
 from vitft.features import Views, extract, head_logits
 from vitft.images import DecodeSpec
 from vitft.inputs import TransformSpec
-from vitft.loaders import Photos
+from vitft.photos import Photos
 from vitft.store import Space, make_key
 
 PLAIN = TransformSpec("plain", (32, 32), (0.5,) * 3, (0.5,) * 3, "bilinear")

@@ -18,8 +18,9 @@ FLOORS = (
     # files and what they hold
     "io raw ranks convert tensorfile inputs folders table ledger recipe pages doubt trust evaluate "
     "suspects hybrid trials",
-    "console images pictures weights checkpoint gallery unpack summary shards",
-    "sources",
+    "console images pictures weights checkpoint gallery unpack summary shards regime",
+    "sources photos progress",
+    "workers step",
     # data, models and arrays
     "fetch pace store contents assign loaders vit model tune maps train sections cli answers",
     "probe audit curve graph twin card",

@@ -20,11 +20,13 @@ from PIL import Image
 from timm.data.loader import PrefetchLoader
 from timm.data.mixup import Mixup
 
-from vitft import loaders
+from vitft import workers as crew
 from vitft.errors import DataError, MachineError
 from vitft.images import DecodeSpec
 from vitft.inputs import InputConfig, augmented, derive_seed, erase, permutation, plain, seeded
-from vitft.loaders import Batches, Photos, times_before, worker_count
+from vitft.loaders import Batches
+from vitft.photos import Photos
+from vitft.workers import times_before, worker_count
 
 CPU = torch.device("cpu")
 CONFIG = InputConfig((16, 16), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bicubic", 0.9)
@@ -281,7 +283,7 @@ def test_photos_survive_the_way_into_a_fresh_process(files):
 
 def test_X25_too_little_shared_memory_is_said_before_a_worker_dies_of_it(files, monkeypatch):
     usage = SimpleNamespace(free=5 * 4 * 3 * 16 * 16 - 1)
-    monkeypatch.setattr(loaders.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(crew.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(
         MachineError, match=r"env.shared_memory\].*2 workers need 0 MiB of /dev/shm"
     ):
@@ -417,7 +419,7 @@ def test_a_workers_death_never_surfaces_in_the_midst_of_a_training_step(
 
 
 def test_X11_a_hanging_worker_is_given_up_with_the_file_it_reads(files, monkeypatch, no_child_left):
-    monkeypatch.setattr(loaders, "POLL", 0.2)
+    monkeypatch.setattr(crew, "POLL", 0.2)
     loaded = failing(files, lambda: time.sleep(600), workers=2, timeout=1.0)
     with pytest.raises(MachineError) as caught:
         list(loaded.epoch(0))
@@ -428,7 +430,7 @@ def test_X11_a_hanging_worker_is_given_up_with_the_file_it_reads(files, monkeypa
 
 
 def test_a_slow_worker_is_waited_for(files, monkeypatch, no_child_left):
-    monkeypatch.setattr(loaders, "POLL", 0.1)
+    monkeypatch.setattr(crew, "POLL", 0.1)
     loaded = failing(files, lambda: time.sleep(1.0), workers=1, timeout=20.0)
     assert len(list(loaded.epoch(0))) == 6
     loaded.close()
@@ -460,7 +462,7 @@ def test_workers_killed_between_epochs_are_replaced(files, no_child_left):
 
 
 def test_workers_busy_with_an_epoch_left_early_are_replaced(files, monkeypatch, no_child_left):
-    monkeypatch.setattr(loaders, "POLL", 0.2)
+    monkeypatch.setattr(crew, "POLL", 0.2)
     loaded = failing(files, lambda: time.sleep(2), workers=1, timeout=20.0)
     next(loaded.epoch(0))
     want = batches(photos(files, plain(CONFIG)), shuffle=False)

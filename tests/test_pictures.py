@@ -15,9 +15,11 @@ from vitft.errors import DataError
 from vitft.images import DecodeSpec
 from vitft.inputs import InputConfig, augmented, plain
 from vitft.learn import Hooks, learn
-from vitft.loaders import Batches, Photos, thread_count
+from vitft.loaders import Batches
+from vitft.photos import Photos
 from vitft.pictures import Pictures
 from vitft.prepare import prepare
+from vitft.workers import thread_count
 
 CPU = torch.device("cpu")
 CONFIG = InputConfig((16, 16), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), "bicubic", 0.9)

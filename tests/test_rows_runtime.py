@@ -361,14 +361,14 @@ def test_X8_a_single_image_that_does_not_fit_ends_with_numbers_and_a_whole_check
         saved.append(checkpoint.save(tmp_path, snapshot, identity={}))
 
     t = trainer(net, spec={"ema": None, "checkpoint_minutes": 0.0}, save=save)
-    update = t._gradients
+    update = t.stepper._gradients
 
     def gradients(*pending, **how):
         if t.state.step >= 3:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return update(*pending, **how)
 
-    monkeypatch.setattr(t, "_gradients", gradients)
+    monkeypatch.setattr(t.stepper, "_gradients", gradients)
     with pytest.raises(MachineError) as caught:
         t.fit()
     (fault,) = caught.value.faults

@@ -18,7 +18,7 @@ from runs import tensors
 from vitft import containers, data, images, verify
 from vitft.errors import DataError, MachineError
 from vitft.inputs import InputConfig, plain
-from vitft.loaders import Photos
+from vitft.photos import Photos
 from vitft.predict import Predictor, list_files
 from vitft.run import run
 from vitft.schema import DataSpec

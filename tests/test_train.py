@@ -9,12 +9,13 @@ from timm.task import ClassificationTask
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vitft import checkpoint, train
+from vitft import checkpoint, step
 from vitft.errors import DivergedError, MachineError, RecipeError, WeightsError
 from vitft.inputs import permutation
 from vitft.ranks import Ranks
 from vitft.recipe import TrainSpec
-from vitft.train import Stopped, Trainer, set_train_mode
+from vitft.regime import set_train_mode
+from vitft.train import Stopped, Trainer
 
 N, WIDTH, CLASSES, SIZE = 22, 6, 3, 4
 
@@ -198,7 +199,7 @@ def cramped(net, monkeypatch, room=2):
 def test_X8_when_memory_is_emptied_the_activations_of_the_attempt_are_gone(monkeypatch):
     net = network()
     living, seen = cramped(net, monkeypatch), []
-    monkeypatch.setattr(train, "warn", lambda text: seen.append((text, living())))
+    monkeypatch.setattr(step, "warn", lambda text: seen.append((text, living())))
     trainer(net, spec={"ema": None}).fit()
     assert seen == [
         ("out of memory: going on with parts of 2 images, same effective batch", []),
@@ -299,7 +300,7 @@ def test_layer_decay_reaches_the_learning_rates():
         pass
 
     t = Trainer(net, Images(), spec, seed=0, validate=lambda m: (0.0, 0.0))
-    rates = {round(g["lr"] / 1e-3, 4) for g in t.optimizer.param_groups}
+    rates = {round(g["lr"] / 1e-3, 4) for g in t.stepper.optimizer.param_groups}
     assert rates == {0.125, 0.25, 0.5, 1.0}
 
 
@@ -313,7 +314,7 @@ def test_layer_decay_without_layers_is_refused():
 @pytest.mark.parametrize(("name", "fused"), [("adamw", True), ("momentum", True), ("lion", None)])
 def test_torchs_own_optimizers_run_as_one_kernel(name, fused):
     t = trainer(network(), spec={"opt": name})
-    assert t.optimizer.defaults.get("fused") is fused
+    assert t.stepper.optimizer.defaults.get("fused") is fused
     t.fit()
 
 
@@ -329,7 +330,7 @@ def test_compiled_code_sees_one_shape_and_is_made_once(monkeypatch):
         self.trainable_module = torch.compile(self.trainable_module, backend=backend)
 
     net = network()
-    monkeypatch.setattr(train.ClassificationTask, "compile", compile_task)
+    monkeypatch.setattr(ClassificationTask, "compile", compile_task)
     trainer(net, spec={"compile": True}).fit()
     assert len(sizes) == 1  # training in the usual shape; 22 rows end in a batch of 2
     assert (SIZE, WIDTH) in sizes[0]
@@ -340,7 +341,7 @@ def test_compiled_code_sees_one_shape_and_is_made_once(monkeypatch):
 @pytest.mark.parametrize(("given", "mode"), [(True, None), ("reduce-overhead", "reduce-overhead")])
 def test_graphs_are_asked_for_by_name(monkeypatch, given, mode):
     asked = []
-    monkeypatch.setattr(train.ClassificationTask, "compile", lambda self, **k: asked.append(k))
+    monkeypatch.setattr(ClassificationTask, "compile", lambda self, **k: asked.append(k))
     trainer(network(), spec={"compile": given})
     assert asked == [{"mode": mode, "dynamic": False}]
 

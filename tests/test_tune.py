@@ -199,7 +199,7 @@ def test_adapters_that_would_be_ignored_are_a_conflict(tiny_recipe):
 
 
 def test_dropout_works_inside_blocks_that_are_trained_in_part():
-    from vitft.train import set_train_mode
+    from vitft.regime import set_train_mode
 
     net = timm.create_model("vitflower_ti16", drop_path_rate=0.5, drop_rate=0.1, **TINY)
     tune.apply(net, TrainSpec(tune="lora", blocks=1), seed=0)

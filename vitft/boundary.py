@@ -23,7 +23,7 @@ from vitft.console import say
 from vitft.errors import RecipeError, VitftError
 from vitft.evaluate import Predictions, fixed_batch, in_fixed_shape
 from vitft.features import Views
-from vitft.loaders import Photos
+from vitft.photos import Photos
 from vitft.prepare import Prepared, batch_size
 from vitft.ranks import ALONE, Ranks
 from vitft.store import Space, make_key

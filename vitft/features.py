@@ -23,9 +23,11 @@ from vitft.console import say, track
 from vitft.errors import VitftError
 from vitft.evaluate import fixed_batch, in_fixed_shape
 from vitft.inputs import derive_seed, epoch_rows
-from vitft.loaders import Batches, Photos, worker_count
+from vitft.loaders import Batches
+from vitft.photos import Photos
 from vitft.ranks import ALONE, Ranks
 from vitft.store import Key, Space, make_key
+from vitft.workers import worker_count
 
 Check = Callable[[Tensor, bool], None]
 FLUSH = 2.0  # seconds of work that a kill may lose

@@ -28,7 +28,7 @@ from vitft.errors import VitftError
 from vitft.evaluate import Predictions
 from vitft.features import Features
 from vitft.inputs import derive_seed
-from vitft.loaders import Photos
+from vitft.photos import Photos
 from vitft.prepare import (
     Prepared,
     batch_size,
@@ -37,6 +37,7 @@ from vitft.prepare import (
     kept_views,
     trains_model,
 )
+from vitft.regime import set_train_mode
 
 Rows = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -324,7 +325,7 @@ def _validation(predict: Callable[[nn.Module], Predictions]) -> train.Validate:
 
     def validate(net: nn.Module) -> tuple[float, float]:
         predictions = predict(net)
-        train.set_train_mode(net)
+        set_train_mode(net)
         return evaluate.accuracy(predictions), evaluate.log_loss(predictions)
 
     return validate

@@ -17,7 +17,7 @@ from vitft import features, model, offline, product, recipe
 from vitft.card import Card
 from vitft.console import say, warn
 from vitft.errors import VitftError
-from vitft.loaders import Photos
+from vitft.photos import Photos
 from vitft.table import read_table
 
 SHA256 = re.compile("[0-9a-f]{64}")

@@ -19,11 +19,13 @@ from vitft.errors import DataError, MachineError, RecipeError
 from vitft.evaluate import fixed_batch
 from vitft.images import DecodeSpec
 from vitft.inputs import InputConfig, TransformSpec, augmented, plain
-from vitft.loaders import Batches, Photos, shared_memory_free, worker_count
+from vitft.loaders import Batches
+from vitft.photos import Photos
 from vitft.pictures import Pictures
 from vitft.ranks import ALONE, Ranks, shares
 from vitft.recipe import DataSpec, Recipe, TrainSpec
-from vitft.train import batch_norms, set_train_mode
+from vitft.regime import batch_norms, set_train_mode
+from vitft.workers import shared_memory_free, worker_count
 
 MEASURED = 32  # photographs whose forward `--plan` times
 

@@ -41,7 +41,8 @@ from timm.data.transforms_factory import create_transform
 
 from vitft.images import DecodeSpec
 from vitft.inputs import InputConfig, TransformSpec, augmented, derive_seed, seeded
-from vitft.loaders import Batches, Photos
+from vitft.loaders import Batches
+from vitft.photos import Photos
 from vitft.pictures import Pictures
 
 SAMPLE = Path(__file__).resolve().parents[2] / "vitft" / "bundled" / "flowers"

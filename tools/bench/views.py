@@ -47,7 +47,7 @@ from vitft import model
 from vitft.features import Features, Views, extract, head_logits
 from vitft.images import DecodeSpec
 from vitft.inputs import augmented, derive_seed, plain
-from vitft.loaders import Photos
+from vitft.photos import Photos
 from vitft.recipe import ModelSpec, TrainSpec
 from vitft.train import Trainer
 
