@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from rows import interrupted
 
 from vitft import io, prepare, product, recipe
 from vitft.errors import BusyError, DataError, RecipeError, WeightsError
@@ -328,26 +329,11 @@ def test_a_second_run_reuses_every_feature(tiny_recipe, caplog):
 
 
 def test_a_killed_full_run_is_resumed_to_the_same_bits(tiny_recipe, monkeypatch):
-    from vitft import run as door
-    from vitft.train import Stopped
-
     options = ["train.checkpoint_minutes=0", "train.ema=0.9", "train.mixup=0.2"]
     whole = run(tiny_recipe("full", *options))
-    calls = []
-
-    class Stop:
-        def __enter__(self):
-            return lambda: calls.append(1) or (15 if len(calls) == 4 else None)
-
-        def __exit__(self, *args):
-            return None
-
-    monkeypatch.setattr(door, "_polite_stop", lambda folder: Stop())
-    with pytest.raises(Stopped):
-        run(tiny_recipe("full", *options))
-    monkeypatch.undo()
+    stopped = interrupted(monkeypatch, tiny_recipe("full", *options), after=4)
     resumed = run(tiny_recipe("full", *options), resume="auto")
-    assert resumed.folder != whole.folder
+    assert resumed.folder == stopped != whole.folder
     assert_equal_tensors(whole.folder, resumed.folder)
 
 

@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from rows import interrupted
 from safetensors.torch import load_file
 from torch import nn
 
@@ -13,7 +14,6 @@ from vitft.learn import Hooks
 from vitft.prepare import plan, prepare
 from vitft.recipe import TrainSpec
 from vitft.run import run
-from vitft.train import Stopped
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -155,23 +155,9 @@ def test_a_frozen_part_that_moves_is_told(tiny_recipe, monkeypatch):
 def test_a_killed_lora_run_is_resumed_to_the_same_bits_and_its_product_is_ordinary(
     tiny_recipe, monkeypatch
 ):
-    from vitft import run as door
-
     options = ["train.checkpoint_minutes=0", "train.ema=0.9", "train.tune=lora"]
     whole = run(tiny_recipe("full", *options))
-    calls = []
-
-    class Stop:
-        def __enter__(self):
-            return lambda: calls.append(1) or (15 if len(calls) == 4 else None)
-
-        def __exit__(self, *args):
-            return None
-
-    monkeypatch.setattr(door, "_polite_stop", lambda folder: Stop())
-    with pytest.raises(Stopped):
-        run(tiny_recipe("full", *options))
-    monkeypatch.undo()
+    interrupted(monkeypatch, tiny_recipe("full", *options), after=4)
     resumed = run(tiny_recipe("full", *options), resume="auto")
     a, b = (load_file(r.folder / "model" / "model.safetensors") for r in (whole, resumed))
     assert all(torch.equal(a[k], b[k]) for k in a)
