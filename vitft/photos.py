@@ -1,6 +1,8 @@
 """One photograph of a split as the model's input: read, proven, decoded, transformed.
 
-view      transform of an image, drawn from (seed, epoch, sha256 of the image)
+    view      transform of an image, drawn from (seed, epoch, sha256 of the image)
+
+What lies in memory (`vitft.pictures`) changes how long it takes, and no pixel.
 """
 
 import hashlib
