@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -129,3 +130,54 @@ def test_a_record_holds_what_was_called_and_its_rows(tmp_path, monkeypatch, caps
 )
 def test_figures_have_three_digits(value, unit, text):
     assert script("record").figure(value, unit) == text
+
+
+class Way:
+    """A way to train whose rounds take a second, and which ends the call in one of them."""
+
+    def __init__(self, last=99, error=None):
+        self.left, self.error = last, error
+
+    def round(self):
+        if not self.left:
+            raise self.error
+        self.left -= 1
+        return 1.0, 0.5
+
+
+def test_a_call_that_is_cut_keeps_every_turn_before_and_names_what_failed(tmp_path, monkeypatch):
+    bench, file = script("train_step"), tmp_path / "found.json"
+    ways = {bench.EAGER: Way(), bench.OURS: Way(4, KeyboardInterrupt())}
+    ways[bench.COMPILED] = Way(2, RuntimeError("no\nroom"))
+    monkeypatch.setattr(bench, "loaders", lambda *a: (None, None, (2560, 5120)))
+    monkeypatch.setattr(bench, "built", lambda *a: dict(ways))
+    monkeypatch.setattr(bench, "kept", lambda way: 2**30)
+    args = bench.argparse.Namespace(photos=None, quick=False, rounds=6, minutes=9.0, json=file)
+    call = bench.Call(args, bench.torch.device("cpu"), None)
+    with pytest.raises(KeyboardInterrupt):
+        bench.every_case([bench.CASES[1], bench.CASES[0]], call)
+    found = json.loads(file.read_text())
+    what = "vitflower_b16, batch 256"
+    assert found["not_measured"] == [
+        f"{what}, photographs: no --photos given",
+        f"{what}, synthetic batches, timm compiled, round 3: RuntimeError: no room",
+    ]
+    told = {row["what"]: (row["value"], row["unit"], row["met"]) for row in found["rows"]}
+    what = f"training {what}, synthetic batches"
+    assert told == {
+        f"{what}, against a loop of timm's pieces, eager": (2.0, "x", True),
+        what: (5120.0, "images/s", True),
+        f"{what}, of 989 TFLOP/s": (pytest.approx(54.46, abs=0.01), "%", None),
+        f"{what}, peak memory": (1.0, "GiB", None),
+    }
+    assert [len(w["seconds"]) for w in found["details"]["tables"][0]["ways"].values()] == [4, 4]
+
+
+def test_a_case_without_time_is_left_out(tmp_path, monkeypatch):
+    bench = script("train_step")
+    args = bench.argparse.Namespace(photos=None, quick=False, rounds=6, minutes=1.0, json=None)
+    call = bench.Call(args, bench.torch.device("cpu"), None)
+    bench.every_case([bench.CASES[5]], call)
+    assert not call.tables
+    (text,) = call.left
+    assert re.fullmatch(r"vitflower_l16, .*: \d\d s left, about 240 s needed", text)

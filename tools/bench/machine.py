@@ -35,9 +35,16 @@ def _processor() -> str:
 
 
 def _commit() -> str:
-    """The commit, with a + where files differ from it."""
+    """The commit, with a + where files differ from it; empty where git or repository is missing."""
     here = Path(__file__).parent
     git = ["git", "-C", str(here)]
-    done = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
+    try:
+        done = subprocess.run(
+            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        )
+        dirty = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True
+        )
+    except OSError:
+        return ""
     return done.stdout.strip() + ("+" if dirty.stdout.strip() else "")

@@ -28,6 +28,8 @@ from typing import Any
 
 from machine import about
 
+from vitft import io
+
 
 @dataclass(frozen=True)
 class Row:
@@ -67,7 +69,7 @@ def write(
     not_measured: Sequence[str] = (),
     details: dict[str, Any] | None = None,
 ) -> None:
-    """Leaves the record of this call; nothing where no file was asked for."""
+    """Leaves the record of this call, in place of an earlier one; nothing without a file."""
     if file is None:
         return
     script = Path(sys.argv[0])
@@ -80,8 +82,7 @@ def write(
         "not_measured": list(not_measured),
         "details": details or {},
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+    io.write_text(file, json.dumps(record, indent=1) + "\n")  # whole, or the one before
 
 
 def verdict(rows: Sequence[Row]) -> int:

@@ -1,32 +1,37 @@
 """Fine-tuning steps on a CUDA card against timm's train.py, eager and compiled, in bfloat16.
 
     python tools/bench/train_step.py --timm CHECKOUT --photos FOLDER --json FILE   # in 10 minutes
-    python tools/bench/train_step.py --tiny [--photos FOLDER]       # the wiring, on any machine
+    python tools/bench/train_step.py --cases 5 6 --timm CHECKOUT --json FILE       # some of them
+    python tools/bench/train_step.py --quick [--photos FOLDER]      # the wiring, on any machine
 
 CHECKOUT holds timm's repository, FOLDER class folders of photographs. One call does all, the most
-important first: ViT-B/16 with batch 256 on synthetic batches, then on photographs, with batch 8
-(where kernels are too short for the processor that launches them: ours with CUDA graphs), then
-S/16, Ti/16 and L/16. When `--minutes` are over the rest is left out, and the record says so.
+important first: ViT-B/16 with batch 256 on synthetic batches, then the same networks on
+photographs, with batch 8 (where kernels are too short for the processor that launches them: ours
+with CUDA graphs), then S/16, Ti/16 and L/16. A case that `--minutes` have no room for is left out,
+one that they cut has fewer rounds, a way that fails is named; the record says so. It is written
+anew after every turn, so that a call that is ended from outside loses one turn.
 
 Rounds take turns; a way's first round compiles, is told apart and not counted. MFU counts the
 operations of the whole model, forward and backward, against 989 TFLOP/s; that ours leaves some of
 them out in the last block is speed, not use. Peak memory is a way's own: tensors that stay, and
 what comes and goes in a round. Goals: 1.15 times timm compiled, 1.4 times timm eager, 3,600
-images/s.
+images/s. `--quick` times nothing worth telling: its goal is that both sides learn alike.
 
 vitft needs timm 1.0.31 and pydantic. Where a machine holds an older one and no network, carry them:
 `pip install --target site timm==1.0.31 --no-deps` here, `PYTHONPATH=site:.` there.
 """
 
 import argparse
+import copy
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from machine import about
 from record import Row, verdict, write
 from steps import Ours, Synthetic, Timm, gap, nets, script, told
 from timm.data.dataset import ImageDataset
@@ -41,9 +46,18 @@ FLOP = {  # of an image, forward and backward, 224 px: 12 T D^2 + 2 T^2 D a bloc
     "vitflower_b16": 105.2e9,
     "vitflower_l16": 369.0e9,
 }
+BLOCKS = {"vitflower_l16": 2.0}  # times the blocks of the others: so much more to compile
 EAGER, COMPILED, OURS, GRAPHS = "timm eager", "timm compiled", "vitft", "vitft, CUDA graphs"
 GOALS = {EAGER: 1.4, COMPILED: 1.15}
 GOAL_SPEED = 3600.0
+GOAL_CURVE = 0.02  # largest relative difference of the rounds' mean losses
+FIRST = {
+    EAGER: 15.0,
+    COMPILED: 60.0,
+    OURS: 60.0,
+    GRAPHS: 60.0,
+}  # s a first round is thought to take
+FEWEST = 3  # rounds that make a figure: the first, which is not counted, and two more
 
 
 @dataclass(frozen=True)
@@ -76,88 +90,183 @@ TINY = (
 )
 
 
+@dataclass
+class Call:
+    """What one call was asked, and what it has found so far."""
+
+    args: argparse.Namespace
+    device: torch.device
+    peer: Any
+    started: float = field(default_factory=time.monotonic)
+    tables: list[dict[str, Any]] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+
+    def seconds_left(self) -> float:
+        """Until `--minutes` are over."""
+        return float(60 * self.args.minutes - (time.monotonic() - self.started))
+
+    def leave(self, what: str) -> None:
+        """Something is not measured."""
+        print(f"not measured: {what}", flush=True)
+        self.left.append(what)
+
+    def rows(self) -> list[Row]:
+        """All figures so far."""
+        tables = [table for table in self.tables if turns(table) >= (1 if self.args.quick else 2)]
+        if self.args.quick:
+            return [row for table in tables[:1] for row in curves(table)]
+        return [row for table in tables for row in goals(table, self.peer)]
+
+    def keep(self) -> None:
+        """Writes all that is known now."""
+        details = {"peer": told(self.peer), "tables": self.tables}
+        write(
+            self.args.json,
+            self.rows(),
+            quick=self.args.quick,
+            not_measured=self.left,
+            details=details,
+        )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--timm", type=Path, metavar="CHECKOUT")
     parser.add_argument("--photos", type=Path, metavar="FOLDER")
+    parser.add_argument("--cases", type=int, nargs="+", metavar="N", help="from 1; all by default")
     parser.add_argument("--workers", type=int, default=8, help="processes that decode, both sides")
     parser.add_argument("--rounds", type=int, default=6, help="the first is not counted")
     parser.add_argument("--minutes", type=float, default=9.0)
-    parser.add_argument(
-        "--tiny", "--quick", action="store_true", help="no figures, only the wiring"
-    )
+    parser.add_argument("--quick", "--tiny", action="store_true", help="only the wiring")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
-    if not args.tiny and not torch.cuda.is_available():
-        raise SystemExit("no CUDA device is here; --tiny shows the wiring on any machine")
-    if args.tiny:
+    if not args.quick and not torch.cuda.is_available():
+        raise SystemExit("no CUDA device is here; --quick shows the wiring on any machine")
+    if args.quick:
         args.rounds, args.workers = 2, 0
-    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     torch.backends.cuda.matmul.allow_tf32 = True  # as timm's main does
     torch.backends.cudnn.benchmark = True
-    peer = script(args.timm)
-    print(f"peer: {told(peer)}", flush=True)
-    tables, left = all_cases(TINY if args.tiny else CASES, args, peer, device)
-    rows = [] if args.tiny else [row for table in tables for row in goals(table, peer)]
-    details = {"peer": told(peer), "tables": tables}
-    write(args.json, rows, quick=args.tiny, not_measured=left, details=details)
-    return verdict(rows)
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    call = Call(args, device, script(args.timm))
+    here = about()
+    print(f"{here['device']}, torch {here['torch']}, timm {here['timm']}; peer: {told(call.peer)}")
+    cases = TINY if args.quick else CASES
+    every_case([cases[n - 1] for n in args.cases] if args.cases else list(cases), call)
+    call.keep()
+    return verdict(call.rows())
 
 
-def all_cases(
-    cases: tuple[Case, ...], args: argparse.Namespace, peer: Any, device: torch.device
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """The tables, and what time or memory did not allow."""
-    started, tables, left = time.monotonic(), [], []
+def every_case(cases: list[Case], call: Call) -> None:
+    """One after the other; networks stay where the next case has the same."""
+    before: Case | None = None
+    ways: dict[str, Any] = {}
     for case in cases:
-        if case.photos and args.photos is None:
-            left.append(f"{case}: no --photos given")
-        elif time.monotonic() - started > 60 * args.minutes:
-            left.append(f"{case}: no time left")
+        same = before is not None and (before.name, before.batch) == (case.name, case.batch)
+        if not same:
+            ways.clear()
+            emptied(call.device)
+        before = case
+        need = 0.0 if same else sum(FIRST[way] for way in case.ways) * BLOCKS.get(case.name, 1.0)
+        if case.photos and call.args.photos is None:
+            call.leave(f"{case}: no --photos given")
+        elif call.seconds_left() < need:
+            call.leave(f"{case}: {call.seconds_left():.0f} s left, about {need:.0f} s needed")
         else:
-            try:
-                tables.append(measure(case, args, peer, device))
-                show(tables[-1])
-            except torch.cuda.OutOfMemoryError as error:
-                left.append(f"{case}: {str(error).splitlines()[0]}")
-        torch.compiler.reset()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    for text in left:
-        print(f"not measured: {text}")
-    return tables, left
+            one_case(case, ways, call)
+        call.keep()
 
 
-def measure(
-    case: Case, args: argparse.Namespace, peer: Any, device: torch.device
-) -> dict[str, Any]:
+def emptied(device: torch.device) -> None:
+    """Nothing of the case before stays on the card."""
+    torch.compiler.reset()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def one_case(case: Case, ways: dict[str, Any], call: Call) -> None:
     """Of each way: images per second, losses, seconds of the first round, peak memory."""
-    side = 32 if args.tiny else 224
-    theirs, ours, images = loaders(case, args, side, device)
+    side = 32 if call.args.quick else 224
+    try:
+        theirs, ours, images = loaders(case, call.args, side, call.device)
+        if ways:
+            feed(ways, theirs, ours)
+        else:
+            ways |= built(case, theirs, ours, side, call)
+    except Exception as error:  # the cases behind it are still worth their time
+        call.leave(f"{case}: {_why(error)}")
+        return
+    seen: dict[str, dict[str, Any]] = {
+        way: {"seconds": [], "loss": [], "peak": 0, "kept": kept(ways[way]), "parts": 1}
+        for way in case.ways
+        if way in ways
+    }
+    counts = {way: images[way in (OURS, GRAPHS)] for way in seen}
+    table = {"case": str(case), "model": case.name, "images": counts, "ways": seen}
+    call.tables.append(table)
+    for number in range(call.args.rounds):
+        if number >= FEWEST and call.seconds_left() < _longest_turn(seen):
+            call.leave(f"{case}: rounds from {number + 1} on, no time left")
+            break
+        take_turns(number, case, ways, seen, call)
+        call.keep()
+    show(table)
+
+
+def take_turns(
+    number: int, case: Case, ways: dict[str, Any], seen: dict[str, dict[str, Any]], call: Call
+) -> None:
+    """One round of each way; a way that fails is out, and said to be."""
+    turn: dict[str, tuple[float, float, int]] = {}
+    for way in list(seen):
+        before = _start_counting(call.device)
+        try:
+            seconds, loss = ways[way].round()
+        except Exception as error:  # whatever a compiler or a card may raise
+            call.leave(f"{case}, {way}, round {number + 1}: {_why(error)}")
+            del seen[way]
+            ways.pop(way)
+            continue
+        turn[way] = seconds, loss, _counted(call.device) - before
+    for way, (seconds, loss, peak) in turn.items():
+        seen[way]["seconds"].append(seconds)
+        seen[way]["loss"].append(loss)
+        if number:
+            seen[way]["peak"] = max(seen[way]["peak"], peak)
+        if isinstance(ways[way], Ours):
+            seen[way]["parts"] = ways[way].trainer.state.splits
+
+
+def _longest_turn(seen: dict[str, dict[str, Any]]) -> float:
+    return sum(max(way["seconds"][1:], default=0.0) for way in seen.values())
+
+
+def _why(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def built(case: Case, theirs: Any, ours: Any, side: int, call: Call) -> dict[str, Any]:
+    """Each way with a network of its own, all of the same weights."""
+    mine, other = nets(case.name, side, call.device)
     ways: dict[str, Any] = {}
     for way in case.ways:
-        mine, other = nets(case.name, side, device)
         if way in (OURS, GRAPHS):
             compiled = "reduce-overhead" if way == GRAPHS else True
-            how = False if args.tiny else compiled
+            how = False if call.args.quick else compiled
             ways[way] = Ours(mine, ours, compile=how, amp="bf16")
         else:
-            compiles = way == COMPILED and not args.tiny
-            ways[way] = Timm(other, theirs, script=peer, amp="bf16", compile=compiles)
-        del mine, other
-    seen: dict[str, dict[str, Any]] = {
-        way: {"seconds": [], "loss": [], "peak": 0, "kept": kept(w)} for way, w in ways.items()
-    }
-    for number in range(args.rounds):
-        for way, trained in ways.items():
-            before = _start_counting(device)
-            seconds, loss = trained.round()
-            seen[way]["seconds"].append(seconds)
-            seen[way]["loss"].append(loss)
-            if number:
-                seen[way]["peak"] = max(seen[way]["peak"], _counted(device) - before)
-    counts = {way: images[way in (OURS, GRAPHS)] for way in ways}
-    return {"case": str(case), "model": case.name, "images": counts, "ways": seen}
+            compiles = way == COMPILED and not call.args.quick
+            net = copy.deepcopy(other)
+            ways[way] = Timm(net, theirs, script=call.peer, amp="bf16", compile=compiles)
+    return ways
+
+
+def feed(ways: dict[str, Any], theirs: Any, ours: Any) -> None:
+    """The same networks on other batches of the same shape: nothing is compiled again."""
+    for way in ways.values():
+        if isinstance(way, Ours):
+            way.trainer.batches = ours
+        else:
+            way.loader = theirs
 
 
 def loaders(
@@ -188,6 +297,7 @@ def loaders(
         f"device={device.type}",
         f"train.batch_size={case.batch}",
         f"train.workers={args.workers}",
+        "model.weights=none",
     ]
     p = prepare.prepare(recipe.parse(text, "bench.yaml", ".", changes))
     photos = p.photos("train", augment=True)
@@ -211,46 +321,71 @@ def _counted(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
+def turns(table: dict[str, Any]) -> int:
+    """Rounds that every way has made."""
+    return min((len(seen["seconds"]) for seen in table["ways"].values()), default=0)
+
+
 def speeds(table: dict[str, Any], way: str) -> list[float]:
     """Images per second of the rounds that count."""
     return [table["images"][way] / s for s in table["ways"][way]["seconds"][1:]]
 
 
+def mfu(table: dict[str, Any], speed: float) -> float:
+    """Percent of what the card can multiply."""
+    return 100 * speed * FLOP[table["model"]] / PEAK
+
+
+def gib(seen: dict[str, Any]) -> float:
+    """Peak memory of a way."""
+    return float(seen["peak"] + seen["kept"]) / 2**30
+
+
 def show(table: dict[str, Any]) -> None:
-    """One case, a line for each way."""
+    """One case, a line for each way, and its loss curve below."""
     print(f"\n{table['case']}")
     for way, seen in table["ways"].items():
         found = speeds(table, way)
+        if not found:
+            continue
         speed = statistics.median(found)
-        gib = (seen["peak"] + seen["kept"]) / 2**30
+        parts = f"  in {seen['parts']} parts" if seen["parts"] > 1 else ""
         print(
             f"  {way:<20} {speed:9.1f} images/s ({min(found):.1f} to {max(found):.1f})  MFU "
-            f"{100 * speed * FLOP[table['model']] / PEAK:5.1f} %  peak {gib:5.1f} GiB  first round "
-            f"{seen['seconds'][0]:5.1f} s  loss {seen['loss'][0]:.4f} to {seen['loss'][-1]:.4f}",
-            flush=True,
+            f"{mfu(table, speed):5.1f} %  peak {gib(seen):5.1f} GiB  first round "
+            f"{seen['seconds'][0]:5.1f} s{parts}"
         )
+        print(f"  {'':<20} loss " + " ".join(f"{loss:.4f}" for loss in seen["loss"]), flush=True)
 
 
 def goals(table: dict[str, Any], peer: Any) -> list[Row]:
-    """Ours against each way of timm; speed and loss curve for the case that has goals."""
-    ours = next(way for way in (OURS, GRAPHS) if way in table["ways"])
-    first = table["case"] == str(CASES[0])
+    """Ours: its speed and use of the card, and against each way of timm; curves of the first."""
+    ours = next((way for way in (OURS, GRAPHS) if way in table["ways"]), None)
+    if ours is None:
+        return []
+    first, what = table["case"] == str(CASES[0]), f"training {table['case']}"
     rows, mine = [], speeds(table, ours)
     for way, goal in GOALS.items():
         if way not in table["ways"]:
             continue
         ratios = [a / b for a, b in zip(mine, speeds(table, way), strict=True)]
-        what = f"training {table['case']}, against {told(peer)}, {way.split()[1]}"
+        name = f"{what}, against {told(peer)}, {way.split()[1]}"
         spread = (min(ratios), max(ratios))
-        rows.append(Row(what, statistics.median(ratios), "x", spread, goal=goal if first else None))
-    if first:
-        what = f"training {table['case']}"
-        speed = statistics.median(mine)
-        spread = (min(mine), max(mine))
-        rows.append(Row(what, speed, "images/s", spread, goal=GOAL_SPEED))
-        curves = [table["ways"][way]["loss"] for way in (COMPILED, ours)]
-        rows.append(Row("difference of the loss curves", gap(*curves), "", goal=0.02, at_most=True))
-    return rows
+        rows.append(Row(name, statistics.median(ratios), "x", spread, goal=goal if first else None))
+    speed, spread = statistics.median(mine), (min(mine), max(mine))
+    rows.append(Row(what, speed, "images/s", spread, goal=GOAL_SPEED if first else None))
+    rows.append(Row(f"{what}, of 989 TFLOP/s", mfu(table, speed), "%"))
+    rows.append(Row(f"{what}, peak memory", gib(table["ways"][ours]), "GiB"))
+    return rows + (curves(table) if first else [])
+
+
+def curves(table: dict[str, Any]) -> list[Row]:
+    """How far apart the losses of timm and ours are, round by round."""
+    losses = [seen["loss"] for way, seen in table["ways"].items() if way in (COMPILED, OURS)]
+    if len(losses) < 2:
+        return []
+    what = "difference of the loss curves, relative"
+    return [Row(what, gap(*losses), "", goal=GOAL_CURVE, at_most=True)]
 
 
 if __name__ == "__main__":
