@@ -262,8 +262,10 @@ class Trainer:
         self._raise_if_not_finite()
         if not math.isfinite(float(self.state.loss_sum)):
             raise self._diverged(self.state.step, f"loss {float(self.state.loss_sum)}", "unknown")
-        for name, p in self.net.named_parameters():
-            if p.requires_grad and not bool(torch.isfinite(p).all()):
+        trained = [(name, p) for name, p in self.net.named_parameters() if p.requires_grad]
+        finite = torch.stack([torch.isfinite(p).all() for _, p in trained]).tolist()  # one look
+        for (name, _), whole in zip(trained, finite, strict=True):
+            if not whole:
                 raise self._diverged(self.state.step, f"{name} is not finite", "unknown")
 
     def _diverged(self, step: int, what: str, files: str) -> BaseException:
