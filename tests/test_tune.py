@@ -139,14 +139,14 @@ def test_training_changes_what_was_named_and_no_other_bit(tiny_recipe, kind, vie
 def test_a_frozen_part_that_moves_is_told(tiny_recipe, monkeypatch):
     p = prepare(tiny_recipe("full", "train.tune=bitfit"))
     merge = tune.merge
-    fit = learn._fit
+    fit = learn.fit
 
     def spoil(p, *args, **kwargs):
         result = fit(p, *args, **kwargs)
         p.net.blocks[0].attn.qkv.weight.data[0, 0] += 1
         return result
 
-    monkeypatch.setattr(learn, "_fit", spoil)
+    monkeypatch.setattr(learn, "fit", spoil)
     with pytest.raises(VitftError, match="train.not_frozen"):
         learn.learn(p, Hooks())
     assert tune.merge is merge
