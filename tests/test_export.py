@@ -15,6 +15,7 @@ from rows import COLOURS, CONFIG, TINY, card, contents, make_product, network, r
 
 from vitft import doubt, export, graph, io, product, proof, recipe, variants
 from vitft.errors import MachineError, RecipeError, VitftError, WeightsError
+from vitft.evaluate import fixed_batch
 from vitft.export import Order, main, selftest
 from vitft.hubpage import page
 from vitft.inputs import InputConfig, plain
@@ -221,6 +222,26 @@ def test_variants_are_written_and_measured_side_by_side(
     assert "WARNING: int8 holds for matrix products only" in err
     assert [line.split()[0] for line in printed.splitlines()[1:5]] == list(gap)
     assert printed.count("not known") == 4
+
+
+def test_memory_does_not_grow_with_the_photographs_that_are_compared(made, pictures, tmp_path):
+    """onnxruntime keeps the memory of its largest batch, so none is larger than predict's."""
+    net, of_net = product.load(made)
+    sizes = []
+
+    def runner(pixels):
+        sizes.append(len(pixels))
+        logits = proof.logits_of(net, pixels, product.transform_of(of_net))
+        return logits, torch.tensor(logits / 1.7).softmax(1).numpy()
+
+    many = proof.Evidence(tuple(pictures) * 9, "given")
+    _, (found,) = proof.compare(net, of_net, many, [runner])
+    assert found.n == sum(sizes) == 27
+    assert max(sizes) == fixed_batch(torch.device("cpu"))
+    timed = []
+    variants._speeds([lambda x: timed.append(len(x))], product.transform_of(of_net))
+    assert set(timed) == {1, variants.BATCH}
+    assert variants.BATCH <= 16
 
 
 def test_a_variants_accuracy_stands_beside_pytorchs_on_the_same_photographs(made, pictures):

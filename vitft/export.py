@@ -95,16 +95,17 @@ def export(model: Path, out: Path, order: Order, evidence: Evidence) -> Agreemen
             answers, _ = proof.compare(net, card, evidence, [])
         answers = replace(answers, logits=answers.logits / np.float32(sent.divided))
         proof.write_golden(staged, card, evidence, answers)
+        _last_look(staged, sent.card, runner, out)
         if order.variants:
             variants.write(
                 net,
                 card,
                 staged / GRAPHS["onnx"],
+                runner,
                 evidence,
                 uint8=order.uint8,
                 metadata=_metadata(sent, order),
             )
-        _last_look(staged, sent.card, runner, out)
     return found
 
 

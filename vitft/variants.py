@@ -25,6 +25,7 @@ from vitft.stats import Interval, paired_interval, wilson
 
 VARIANTS = "variants.json"
 ROUNDS = 5  # of a timing
+BATCH = 8  # images of a timing; of 32 onnxruntime on two cores answers no more per second
 WORTH = 0.8  # of the float32 file; a larger int8 file saves nothing
 
 
@@ -37,7 +38,7 @@ class Variant:
         megabytes: Of the file; None for PyTorch.
         agreement: With the model in PyTorch.
         ms_one: Milliseconds for one image, median.
-        per_second: Images in batches of 32, median.
+        per_second: Images in batches of `BATCH`, median.
     """
 
     name: str
@@ -74,6 +75,7 @@ def write(
     net: nn.Module,
     card: Card,
     source: Path,
+    runner: Runner,
     evidence: Evidence,
     *,
     uint8: bool,
@@ -85,6 +87,7 @@ def write(
         net: In float32 on the CPU.
         card: Of the model.
         source: Its ONNX file; the others appear beside it.
+        runner: This file, opened.
         evidence: Photographs to measure on.
         uint8: As the source.
         metadata: As the source.
@@ -97,13 +100,13 @@ def write(
     graph.quantise(source, files["int8"])
     if files["int8"].stat().st_size > WORTH * source.stat().st_size:
         warn("int8 holds for matrix products only, and this network is hardly made of them")
-    files = {"float32": source} | files
-    runners = {n: graph.open_onnx(f, transform, uint8=uint8) for n, f in files.items()}
-    runners = {"PyTorch": _torch_runner(net, card)} | runners
+    opened = {n: graph.open_onnx(f, transform, uint8=uint8) for n, f in files.items()}
+    runners = {"PyTorch": _torch_runner(net, card), "float32": runner} | opened
+    on_disk = {"float32": source} | files
     _, found = proof.compare(net, card, evidence, list(runners.values()))
     speeds = _speeds(list(runners.values()), transform)
     rows = [
-        Variant(name, _megabytes(files.get(name)), agreement, *speed)
+        Variant(name, _megabytes(on_disk.get(name)), agreement, *speed)
         for name, agreement, speed in zip(runners, found, speeds, strict=True)
     ]
     told = {"photographs": evidence.what, "threads": torch.get_num_threads()}
@@ -124,16 +127,16 @@ def _torch_runner(net: nn.Module, card: Card) -> Runner:
 
 
 def _speeds(runners: list[Runner], transform: TransformSpec) -> list[tuple[float, float]]:
-    """Milliseconds for one image and images per second in batches of 32; ways take turns."""
+    """Milliseconds for one image and images per second in batches; ways take turns."""
     one = torch.randint(0, 256, (1, 3, *transform.size), dtype=torch.uint8)
-    many = one.expand(32, -1, -1, -1).contiguous()
+    many = one.expand(BATCH, -1, -1, -1).contiguous()
     times: list[tuple[list[float], list[float]]] = [([], []) for _ in runners]
     for _ in range(ROUNDS):
         for runner, (single, batch) in zip(runners, times, strict=True):
             runner(one)
             single.append(_seconds(lambda run=runner: run(one)))  # type: ignore[misc]
             batch.append(_seconds(lambda run=runner: run(many)))  # type: ignore[misc]
-    return [(1e3 * statistics.median(a), 32 / statistics.median(b)) for a, b in times]
+    return [(1e3 * statistics.median(a), BATCH / statistics.median(b)) for a, b in times]
 
 
 def _seconds(call: Callable[[], object]) -> float:
