@@ -29,8 +29,9 @@ from torch import Tensor, nn
 
 from vitft import console
 from vitft.errors import RecipeError
-from vitft.hybrid import Embed, HybridEmbed, pair
+from vitft.hybrid import HybridEmbed
 from vitft.kernels import linear_gelu
+from vitft.patches import Embed, pair
 
 POOLS = ("", "token", "avg")
 POSITIONS = {  # timm says "learn"; both spellings build the same model
@@ -284,6 +285,19 @@ class Block(nn.Module):
         return x
 
 
+def _patch_embed(
+    cnn: str | None, stage: int | None, *sizes: Any, **cut: Any
+) -> PatchEmbed | HybridEmbed:
+    """Patches of the image, or of a CNN's feature map."""
+    return (
+        PatchEmbed(*sizes, **cut) if cnn is None else HybridEmbed(cnn, *sizes, stage=stage, **cut)
+    )
+
+
+def _patch_drop(rate: float, prefix: int) -> nn.Module:
+    return PatchDropout(rate, num_prefix_tokens=prefix) if rate > 0 else nn.Identity()
+
+
 class VisionTransformer(nn.Module):
     """Patches and a class token through a pre-norm transformer encoder into a linear head.
 
@@ -389,50 +403,28 @@ class VisionTransformer(nn.Module):
         self.cls_token = _tokens(1, embed_dim, factory) if class_token else None
         self.reg_token = _tokens(reg_tokens, embed_dim, factory) if reg_tokens else None
         cut = {"bias": not pre_norm, "strict_img_size": not dynamic_img_size} | factory
-        self.patch_embed: PatchEmbed | HybridEmbed = (
-            PatchEmbed(img_size, patch_size, in_chans, embed_dim, **cut)
-            if embed is None
-            else HybridEmbed(
-                embed, img_size, patch_size, in_chans, embed_dim, stage=embed_stage, **cut
-            )
-        )
+        sizes = (img_size, patch_size, in_chans, embed_dim)
+        self.patch_embed = _patch_embed(embed, embed_stage, *sizes, **cut)
         self._add_positions(factory)
         self.pos_drop = nn.Dropout(pos_drop_rate)
-        self.patch_drop: nn.Module = nn.Identity()
-        if patch_drop_rate > 0:
-            self.patch_drop = PatchDropout(
-                patch_drop_rate, num_prefix_tokens=self.num_prefix_tokens
-            )
+        self.patch_drop = _patch_drop(patch_drop_rate, self.num_prefix_tokens)
 
         def norm(wanted: bool) -> nn.Module:
             return nn.LayerNorm(embed_dim, norm_eps, **factory) if wanted else nn.Identity()
 
         self.norm_pre = norm(pre_norm)
-        block = partial(
-            Block,
-            embed_dim,
-            num_heads,
-            mlp_ratio=mlp_ratio,
-            qkv_bias=qkv_bias,
-            init_values=init_values,
-            act=ACTIVATIONS[act_layer],
-            norm_eps=norm_eps,
-            proj_drop=proj_drop_rate,
-            attn_drop=attn_drop_rate,
-            **factory,
-        )
-        deepest = max(depth - 1, 1)
-        self.blocks = nn.Sequential(
-            *(block(drop_path=drop_path_rate * i / deepest) for i in range(depth))
-        )
-        info = {"num_chs": embed_dim, "reduction": self.patch_embed.feat_ratio()}
-        self.feature_info = [{"module": f"blocks.{i}"} | info for i in range(depth)]
+        shape: Any = {"mlp_ratio": mlp_ratio, "qkv_bias": qkv_bias, "init_values": init_values}
+        drops: Any = {"proj_drop": proj_drop_rate, "attn_drop": attn_drop_rate}
+        act = ACTIVATIONS[act_layer]
+        block = partial(Block, embed_dim, num_heads, act=act, norm_eps=norm_eps, **shape, **drops)
+        rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
+        self.blocks = nn.Sequential(*(block(drop_path=rate, **factory) for rate in rates))
         norm_after_pool = global_pool == "avg" if fc_norm is None else fc_norm
-        self.norm = norm(not norm_after_pool)
-        self.fc_norm = norm(norm_after_pool)
+        self.norm, self.fc_norm = norm(not norm_after_pool), norm(norm_after_pool)
         self.pre_logits = _pre_logits(embed_dim, representation_size, factory)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = self._new_head(factory)
+        self.feature_info = self._feature_info()
         self.init_weights()
 
     # --- parts -------------------------------------------------------------------------------
@@ -458,6 +450,11 @@ class VisionTransformer(nn.Module):
         rows, columns = self.patch_embed.grid_size
         self.pos_embed_y = _tokens(rows, self.embed_dim // 2, factory)
         self.pos_embed_x = _tokens(columns, self.embed_dim // 2, factory)
+
+    def _feature_info(self) -> list[dict[str, Any]]:
+        """What timm's feature extraction asks of each block."""
+        info = {"num_chs": self.embed_dim, "reduction": self.patch_embed.feat_ratio()}
+        return [{"module": f"blocks.{i}"} | info for i in range(len(self.blocks))]
 
     def _new_head(self, factory: dict[str, Any]) -> nn.Module:
         if self.num_classes <= 0:
