@@ -131,7 +131,11 @@ def write_onnx(
 
 
 def quantise(source: Path, target: Path) -> None:
-    """An ONNX file with int8 weights, activations quantised as they come (onnxruntime)."""
+    """An ONNX file with int8 weights, activations quantised as they come (onnxruntime).
+
+    Each output of a matrix has a scale of its own: with one for all, probabilities of a ViT-S/14
+    on 82 flowers moved by up to 0.26 rather than 0.08, for 0.8 % less on disk.
+    """
     require_onnx()
     with _hushed():
         from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -139,7 +143,11 @@ def quantise(source: Path, target: Path) -> None:
         with io.staged_file(target) as temp:
             # Convolutions have no int8 kernel on many CPUs; the matrix products are the bulk.
             quantize_dynamic(
-                str(source), str(temp), weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul"]
+                str(source),
+                str(temp),
+                weight_type=QuantType.QInt8,
+                op_types_to_quantize=["MatMul"],
+                per_channel=True,
             )
 
 
