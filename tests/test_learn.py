@@ -87,6 +87,23 @@ def test_a_run_may_start_from_the_probes_head_or_from_zero(tiny_recipe):
     assert float(empty.net.head.weight.detach().abs().max()) < 1e-9
 
 
+@pytest.mark.parametrize("mode", ["head", "full"])
+def test_a_head_that_timm_draws_widely_starts_narrow(tiny_recipe, mode):
+    """An EfficientNet's is drawn from +-1 / sqrt(3 classes); a ViT's stays as its seed drew it."""
+    still = ("train.lr=1e-12", "train.weight_decay=0", "train.epochs=1")
+    wide = prepare(tiny_recipe(mode, "model.name=test_efficientnet", "model.options={}", *still))
+    head = model.classifier(wide.net)
+    assert model.starts_wide(head)
+    learned = learn.learn(wide, learn.Hooks())
+    assert not model.starts_wide(head)
+    assert 0.01 < float(head.weight.detach().std()) < 0.03
+    assert learned.history[0]["train_loss"] == pytest.approx(1.1, abs=0.25)  # ln 3
+    ours = prepare(tiny_recipe(mode, *still))
+    before = model.classifier(ours.net).weight.detach().clone()
+    learn.learn(ours, learn.Hooks())
+    torch.testing.assert_close(model.classifier(ours.net).weight, before, atol=1e-9, rtol=0)
+
+
 def test_rare_classes_weigh_more_when_they_are_told_to(tiny_recipe, tiny_photos):
     for file in sorted((tiny_photos / "red").iterdir())[10:]:
         file.unlink()

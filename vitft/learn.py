@@ -259,8 +259,10 @@ def _fit_tail(p: Prepared, hooks: Hooks, views: int) -> train.Result:
 
 
 def _init_head(p: Prepared, train_features: Callable[[], Features]) -> None:
-    """`fresh` leaves timm's; `zero` clears it; `probe` starts from the linear probe (LP-FT)."""
+    """`fresh`: at random, narrow; `zero` clears it; `probe`: from the linear probe (LP-FT)."""
     head, kind = model.classifier(p.net), p.recipe.train.init_head
+    if kind == "fresh" and model.starts_wide(head):
+        model.start_head(head, derive_seed(p.recipe.seed, "head"))
     if kind == "zero":
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)

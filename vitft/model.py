@@ -22,6 +22,7 @@ from vitft.inputs import InputConfig, derive_seed
 from vitft.recipe import ModelSpec, nearest_sizes
 
 HUB = "huggingface.co"
+START = 0.02  # deviation of a fresh head's weights, as the ViT paper's code draws them
 
 
 @dataclass(frozen=True)
@@ -426,6 +427,27 @@ def classifier(net: nn.Module) -> nn.Linear:
     """The head of a timm model."""
     head: nn.Linear = cast(Any, net).get_classifier()
     return head
+
+
+def start_head(head: nn.Linear, seed: int) -> None:
+    """A fresh head: weights from a narrow normal distribution, biases zero.
+
+    Args:
+        head: Changed in place.
+        seed: Of the draw; torch's own generator goes on undisturbed.
+    """
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        nn.init.trunc_normal_(head.weight, std=START)
+        nn.init.zeros_(head.bias)
+
+
+def starts_wide(head: nn.Linear) -> bool:
+    """Whether timm's family draws its head so widely that training first has to unlearn it.
+
+    EfficientNets draw from +-1 / sqrt(C): five classes start at a loss of 4.8 rather than 1.6.
+    """
+    return float(head.weight.detach().square().mean().sqrt()) > 2 * START
 
 
 def set_head(net: nn.Module, weight: Tensor, bias: Tensor) -> None:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from math import ceil
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -33,6 +32,7 @@ from vitft.learn import (
     of_head,
     view_batches,
 )
+from vitft.model import start_head
 from vitft.prepare import Prepared
 
 MIDDLE = 1e-2  # strength where none was chosen: on flowers within the plateau of the path
@@ -80,10 +80,7 @@ def _trained(
 ) -> nn.Module:
     """A head trained once more on the views, or on some of their rows, from another seed."""
     head = nn.Linear(views.x.shape[2], len(p.index.classes))
-    with torch.random.fork_rng([]):
-        torch.manual_seed(seed)
-        nn.init.trunc_normal_(head.weight, std=0.02)
-        nn.init.zeros_(head.bias)
+    start_head(head, seed)
     batches, val = view_batches(p, views, seed, rows), learned.features["val"]
     fit(p, head.to(p.device), batches, Hooks(), predict=of_head(p, val))
     return head
