@@ -173,6 +173,19 @@ def test_the_class_that_misses_its_photographs_most_comes_first():
     assert found[2].loss == 0.0
 
 
+def test_of_many_classes_those_with_the_most_mistakes_are_tried():
+    fits = []
+
+    def error(y, truth):
+        fits.append(len(y))
+        return np.array([0.0, 0.3, 0.01, 0.2])[truth]
+
+    sides = (*data(200), *data(2000, seed=1))
+    found = curve.class_gains(*sides, fit=head(error), classes=list("abcd"), draws=3, most=2)
+    assert {g.name for g in found} == {"b", "d"}
+    assert len(fits) == 1 + 3 * 2
+
+
 def test_balanced_means_that_rare_classes_count_alike():
     x, _ = data(100)
     y = np.array([0] * 90 + [1] * 10)

@@ -9,7 +9,7 @@ from typing import Any
 
 from vitft import trust
 from vitft.charts import Chart, Series
-from vitft.curve import Curve
+from vitft.curve import TRIED, Curve
 from vitft.doubt import Abstain, Accepted
 from vitft.findings import Findings
 from vitft.pages import (
@@ -91,7 +91,7 @@ def _chapters(p: Prepared, found: Findings, thumbnail: Thumbnail) -> Iterator[Se
     if found.links is not None:
         yield _copies(p, found, thumbnail)
     if found.growth is not None:
-        yield _growth(found, found.growth)
+        yield _growth(p, found, found.growth)
     if found.left_out:
         yield Section("left-out", "What was not looked at", "", (Bullets(tuple(found.left_out)),))
 
@@ -247,7 +247,7 @@ def _top(probabilities: object, classes: tuple[str, ...]) -> list[tuple[str, flo
     return [(classes[k], float(p[k])) for k in np.argsort(-p, kind="stable")[:3]]
 
 
-def _growth(found: Findings, growth: Curve) -> Section:
+def _growth(p: Prepared, found: Findings, growth: Curve) -> Section:
     points = growth.points
     sizes = [float(q.n) for q in points]
     measured = Series("measured", [q.accuracy for q in points], x=sizes, style="points")
@@ -271,7 +271,10 @@ def _growth(found: Findings, growth: Curve) -> Section:
         (g.name, g.n, f"{100 * g.loss:+.1f} points {g.interval.percent()}") for g in found.gains
     ]
     header = ("class", "train photographs", "balanced accuracy lost without half of them")
-    table = Table(header, tuple(rows), caption="The class that costs most is worth most.")
+    caption = "The class that costs most is worth most."
+    if len(p.index.classes) > TRIED:
+        caption += f" Tried: the {TRIED} classes with the most mistakes on val."
+    table = Table(header, tuple(rows), caption=caption)
     return Section("growth", "How many more photographs?", growth.more.sentence(), (chart, table))
 
 

@@ -26,6 +26,7 @@ ERRORS = (0.01, 0.02, 0.05)  # targets told where the recipe names none
 SMALLEST_CLASS = 16  # train photographs of a class from which a curve can be drawn
 NEIGHBOURS = 3  # train photographs shown beside a mistake
 BLOCK = 256  # scored photographs compared at once
+CURVE_STEPS = 300  # of a solve whose answers alone are asked for, not how sure they are
 LEAST_PER_FOLD = 4  # photographs of the rarest class for a fold to mean anything
 UNSURE = (
     "whether thresholds and the limit for foreign pictures hold: probe.refit let the "
@@ -315,7 +316,7 @@ def _growth(
         )
         return None, ()
     sides = (x[train], y[train], x[val], y[val])
-    fit, seed = head_fit(p, learned), p.recipe.seed
+    fit, seed = head_fit(p, learned, steps=CURVE_STEPS), p.recipe.seed
     growth = curve.learning_curve(*sides, fit=fit, classes=len(counts), seed=seed)
     gains = curve.class_gains(*sides, fit=fit, classes=p.index.classes, seed=seed)
     return growth, tuple(sorted(gains, key=lambda g: -g.loss))

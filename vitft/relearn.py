@@ -48,13 +48,18 @@ Judge = Callable[[Ints, Ints], NDArray[np.floating]]  # rows to learn, rows to j
 # -- one head -------------------------------------------------------------------------------------
 
 
-def head_fit(p: Prepared, learned: Learned, kind: str = "logistic") -> Fit:
+def head_fit(
+    p: Prepared, learned: Learned, kind: str = "logistic", *, steps: int | None = None
+) -> Fit:
     """(x, y, other x) -> logits of the other rows, from a linear head solved on (x, y).
 
-    The strength is the one that val chose for a head of that kind, otherwise a middle one.
+    The strength is the one that val chose for a head of that kind, otherwise a middle one. With
+    `steps` the solver ends there at the latest: where classes can be told apart without a mistake,
+    its loss falls for hundreds of steps more, and no answer changes.
     """
     from vitft import probe
 
+    limit = p.recipe.probe.max_iter
     chosen = learned.best.get("strength", MIDDLE) if learned.solved == kind else MIDDLE
     solve = {"logistic": probe.logistic_path, "ridge": probe.ridge_path}[kind]
 
@@ -67,7 +72,7 @@ def head_fit(p: Prepared, learned: Learned, kind: str = "logistic") -> Fit:
             classes=len(p.index.classes),
             strengths=(float(chosen),),
             tol=1e-4,
-            max_iter=p.recipe.probe.max_iter,
+            max_iter=limit if steps is None else min(steps, limit),
             device=p.device,
         )
         return np.asarray(others @ solved.weight.T + solved.bias, dtype=np.float64)

@@ -53,13 +53,13 @@ def main() -> int:
 
 
 def draw(folder: Path, count: int) -> None:
-    """Pictures whose colour tells the class, more or less, each with its own noise."""
+    """Pictures whose brightness tells the class, more or less, each with its own noise."""
     rng = np.random.default_rng(0)
     for i in range(count):
         target = folder / f"class{i % 10}" / f"{i:07}.jpg"
         target.parent.mkdir(parents=True, exist_ok=True)
-        level = 20 * (i % 10) + rng.integers(0, 60, (32, 32, 3))
-        Image.fromarray(level.astype(np.uint8)).save(target, quality=80)
+        level = 20 * (i % 10) + rng.normal(0, 15) + rng.integers(0, 60, (32, 32, 3))
+        Image.fromarray(level.clip(0, 255).astype(np.uint8)).save(target, quality=80)
 
 
 def measure(count: int, scratch: Path) -> dict[str, Any]:
