@@ -155,7 +155,9 @@ def show(
         "scikit_learn_seconds": total,
         "scikit_learn_is": how,
     }
-    write(args.json, rows, quick=args.quick, details=details)
+    left = f"scikit-learn at {len(STRENGTHS) - len(at)} of {len(STRENGTHS)} strengths, {source}: "
+    missing = () if whole else (f"{left}its time there is interpolated",)
+    write(args.json, rows, quick=args.quick, not_measured=missing, details=details)
     return verdict(rows)
 
 
