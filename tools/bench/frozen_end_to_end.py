@@ -44,7 +44,7 @@ CUDA_GOALS = GOALS | {"tutorial, 10 epochs": 15.0}
 QUICK_GOALS = {
     "tutorial, 10 epochs": 3.0,
     "scikit-learn": 0.7,
-}  # a start weighs more than 50 images
+}  # a start weighs more than 40 images
 NO_TRUST = ("calibrate", "suspects", "learning_curve", "audit")
 
 
@@ -53,7 +53,7 @@ def main() -> int:
     parser.add_argument("folder", nargs="?", type=Path, default=SAMPLE)
     parser.add_argument("--images", type=int, default=600)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="50 images, one round")
+    parser.add_argument("--quick", action="store_true", help="40 images, one round")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--model", choices=TIMM, help="default: by device")
     parser.add_argument("--weights", type=Path, help=argparse.SUPPRESS)
@@ -65,7 +65,7 @@ def main() -> int:
         return 0
     args.cuda = _device() == "cuda"
     args.model = args.model or ("vitflower_b16" if args.cuda else "vitflower_s14")
-    images, rounds = (50, 1) if args.quick else (args.images, args.rounds)
+    images, rounds = (40, 1) if args.quick else (args.images, args.rounds)
     with tempfile.TemporaryDirectory() as scratch:
         args.weights = weights(args.model, Path(scratch))
         args.folder = subset(args.folder, Path(scratch) / "photos", images)
