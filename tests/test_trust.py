@@ -9,10 +9,10 @@ from vitft import trust
 from vitft.stats import Interval, softmax
 
 
-def world(n, *, classes=4, sharp=1.0, seed=0):
+def world(n, *, classes=4, sharp=1.0, seed=0, spread=2.0):
     """Logits whose right temperature is `sharp`: labels are drawn from softmax(logits / sharp)."""
     generator = np.random.default_rng(seed)
-    true = generator.normal(0, 2, (n, classes))
+    true = generator.normal(0, spread, (n, classes))
     chances = softmax(true)
     labels = (generator.random(n)[:, None] > chances.cumsum(axis=1)).sum(axis=1)
     return true * sharp, np.minimum(labels, classes - 1)
@@ -77,6 +77,25 @@ def test_the_interval_holds_the_right_temperature():
     assert 0.9 <= np.mean(inside) <= 0.99
     few = trust.fit_temperature(*world(40, sharp=2.0)).interval
     assert few.high / few.low > 1.5 * np.mean(reach)
+
+
+@pytest.mark.parametrize("spread", [4.0, 8.0])
+def test_a_few_images_of_a_good_head_do_not_rule_out_what_is_true(spread):
+    """Labels are drawn from the softmax itself; 40 images, of which nearly all are right."""
+    inside = []
+    for seed in range(60):
+        logits, labels = world(40, classes=3, seed=seed, spread=spread)
+        inside.append(1.0 in trust.fit_temperature(logits, labels).interval)
+    assert np.mean(inside) > 0.9
+
+
+def test_images_that_are_all_right_leave_open_how_sure_one_may_be():
+    labels = np.arange(20) % 2
+    found = trust.fit_temperature(np.eye(2)[labels] * 6, labels)
+    # at 1 and below all 20 have a log loss under 0.05 in sum, so nothing speaks against it
+    assert found.interval.low == pytest.approx(trust.COLDEST)
+    assert found.value < found.interval.high < trust.HOTTEST
+    assert found.sentence().endswith("it cannot be told from 1, none at all")
 
 
 def test_a_class_that_the_head_cannot_name_does_not_move_the_temperature():

@@ -454,7 +454,7 @@ class LadderSpec(Section):
 class TrustSpec(Section):
     """What is said about the numbers."""
 
-    calibrate: Flag = Field(default=True, description="Fit a temperature on val.")
+    calibrate: Flag = Field(default=True, description="Fit a temperature on unseen photographs.")
     suspects: Flag = Field(default=True, description="Rank labels that look wrong.")
     learning_curve: Flag = Field(
         default=True, description="Estimate the gain from more photographs."

@@ -8,7 +8,7 @@ Arrays: N images, C classes, R redraws. Logits are unnormalised, probabilities s
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import log
+from math import exp, log
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,6 +17,7 @@ from vitft.stats import Interval, bootstrap, bootstrap_mean, checked, log_softma
 
 COLDEST, HOTTEST = 0.005, 20.0  # a free search on separable data runs to 0, or past it
 NO_CHANCE = -30.0  # log probability below which a number only says "never"
+RULED_OUT = 3.841  # chi squared of one degree of freedom, at 95 %
 BINS = 15
 
 Floats = NDArray[np.float64]
@@ -167,10 +168,13 @@ def fit_temperature(
 
 
 def _spread(logits: Floats, labels: Ints, value: float) -> Interval:
-    """Where 95 % of the temperatures of other images would lie.
+    """Every temperature that these images do not speak against, at 95 %.
 
-    By the sandwich of slopes and curvature of the log loss along the log of the temperature, which
-    holds whether or not a temperature can make the probabilities right (P. Huber, 1967).
+    Two ways to err are joined. The sandwich of slopes and curvature of the log loss along the log
+    of the temperature holds whether or not a temperature can make the probabilities right
+    (P. Huber, 1967). Where nearly all images are right there is next to no slope, and Platt's
+    targets, not the images, hold the value: there the likelihood ratio (S. Wilks, 1938) tells how
+    little is known, since each temperature below fits as well.
     """
     scaled, p = logits / value, np.exp(log_softmax(logits, value))
     mean = (p * scaled).sum(axis=1)  # [N]
@@ -178,8 +182,27 @@ def _spread(logits: Floats, labels: Ints, value: float) -> Interval:
     curvature = float((p * (scaled - mean[:, None]) ** 2).sum())
     error = float(np.sqrt((slope**2).sum())) / max(curvature, np.finfo(np.float64).tiny)
     reach = min(1.96 * error, log(HOTTEST / COLDEST))
-    ends = np.clip(value * np.exp([-reach, reach]), COLDEST, HOTTEST)
+    low, high = _as_likely(logits, labels)
+    ends = np.clip([min(value * exp(-reach), low), max(value * exp(reach), high)], COLDEST, HOTTEST)
     return Interval(float(ends[0]), float(ends[1]))
+
+
+def _as_likely(logits: Floats, labels: Ints) -> tuple[float, float]:
+    """The least and the greatest temperature that the likelihood ratio does not rule out."""
+    from scipy.optimize import brentq, minimize_scalar
+
+    def loss(log_temperature: float) -> float:
+        log_p = log_softmax(logits, exp(log_temperature))[np.arange(len(labels)), labels]
+        return -float(np.maximum(log_p, NO_CHANCE).sum())
+
+    ends = log(COLDEST), log(HOTTEST)
+    best = float(minimize_scalar(loss, bounds=ends, method="bounded").x)
+    limit = loss(best) + RULED_OUT / 2
+    low, high = (
+        brentq(lambda t: loss(t) - limit, end, best, xtol=1e-3) if loss(end) > limit else end
+        for end in ends
+    )
+    return exp(low), exp(high)
 
 
 def ece(probs: ArrayLike, labels: ArrayLike, bins: int = BINS) -> float:
