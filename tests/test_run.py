@@ -259,6 +259,17 @@ def test_resume_auto_starts_where_nothing_was_kept_and_says_so(tiny_recipe, tmp_
     assert len({r.folder for r in (first, second, third)}) == 3
 
 
+def test_resume_auto_does_not_start_beside_a_run_under_way(tiny_recipe, tmp_path):
+    young = tmp_path / "runs" / "tiny_full" / "20200101-000000"  # before its first checkpoint
+    with io.lock(young, "vitft run tiny_full"):
+        with pytest.raises(BusyError, match=rf"env.busy.*{os.getpid()}") as caught:
+            run(tiny_recipe("full"), resume="auto")
+        assert caught.value.faults[0].place == str(young)
+        assert [f.name for f in young.parent.iterdir()] == [young.name]
+    (young / io.LOCK).write_text('{"pid": 1, "host": "elsewhere"}')  # of one that was killed
+    assert run(tiny_recipe("full"), resume="auto").folder != young
+
+
 def test_resume_auto_does_not_start_anew_over_damaged_checkpoints(tiny_recipe, tmp_path):
     damaged = tmp_path / "runs" / "tiny_full" / "20200101-000000"
     (damaged / "checkpoints" / "step-00000004").mkdir(parents=True)

@@ -710,6 +710,17 @@ def lock(folder: Path, purpose: str, *, patience: float = 10.0) -> Iterator[None
             _discard(path)  # still held, so nobody else's lock can be meant
 
 
+def require_free(folder: Path) -> None:
+    """Refuses a folder that a living process holds; one whose holder was killed is free.
+
+    Raises:
+        BusyError: As `lock`.
+    """
+    if os.path.lexists(folder / LOCK):
+        with lock(folder, "look"):
+            pass
+
+
 def require_space(folder: Path, need: int) -> None:
     """Refuses work whose output has no room.
 

@@ -99,9 +99,12 @@ def find(p: Prepared, base: Path) -> Path | None:
     Raises:
         RecipeError: `run.nothing_to_resume`: this very run is finished, or its checkpoints are
             there and not one of them is whole.
+        BusyError: `env.busy`: an unfinished run is under way, whether it has kept something or not.
     """
     folders = sorted(base.glob("2*"), reverse=True)
     open_ones = [folder for folder in folders if not (folder / "report.html").exists()]
+    for folder in open_ones:
+        io.require_free(folder)
     for folder in open_ones:
         if checkpoint.newest(folder / CHECKPOINTS) is not None:
             return folder

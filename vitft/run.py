@@ -354,7 +354,7 @@ EPILOG = """several GPUs of one machine, and several machines under Slurm (one t
   processes (CUDA only). Probes, heads on kept features and ladders share the features; the rest
   is the first process's. A signal to torchrun saves a checkpoint, for which it gives 30 s; the
   same command with --resume auto goes on from it, starts where nothing was kept yet, and refuses
-  a run that is finished. torchrun itself ends with 1, whatever its processes end with.
+  a run that is finished or under way. torchrun itself ends with 1, whatever its processes end with.
 
 example:
   python -m vitft.run recipes/flowers_head.yaml data.root=photos/ seed=1
