@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -391,6 +392,51 @@ def test_the_ladder_stops_where_a_gain_cannot_be_told_from_luck(tiny_recipe):
     assert [r["step"] for r in stored["ladder"]][:2] == ["knn", "ridge"]
     assert len(stored["ladder"]) < 4
     assert "cannot be told from luck" in (result.folder / "log.txt").read_text()
+
+
+def test_the_ladder_measures_heads_that_have_not_learned_from_val(tiny_recipe, tmp_path):
+    """Labels are noise, which a head can only know by heart; the kept one is solved again."""
+    files = sorted((tmp_path / "photos").glob("*/*.jpg"))
+    for i, file in enumerate(files):
+        file.rename(tmp_path / "photos" / ("red", "green", "blue")[i % 3] / f"{i:02d}.jpg")
+    steps = "ladder.steps=[ridge, logistic, blocks]", "ladder.stop=false", "train.blocks=1"
+    told, logits = [], []
+    for refit in ("false", "true"):
+        options = *steps, "data.val=0.3", f"probe.refit={refit}"
+        result = run(tiny_recipe("ladder", *options))
+        ladder = json.loads((result.folder / "metrics.json").read_text())["ladder"]
+        told.append([(r["step"], r["accuracy"], r["kept"]) for r in ladder])
+        logits.append(result.predictions.logits)
+    assert told[0] == told[1]
+    assert told[0][0][2]  # ridge is kept
+    assert not np.allclose(*logits)
+
+
+def test_four_photographs_to_learn_from_leave_out_what_is_foreign(tiny_recipe, tmp_path):
+    for name in ("red", "green"):
+        for file in sorted((tmp_path / "photos" / name).iterdir())[3:]:
+            file.unlink()
+    shutil.rmtree(tmp_path / "photos" / "blue")
+    found = run(tiny_recipe("probe")).findings
+    assert found.foreign is None
+    assert found.alarms is None
+    assert "foreign pictures: 2 train photographs are too few to be unlike them" in found.left_out
+
+
+def test_a_temperature_chosen_where_it_is_scored_is_said(tiny_recipe):
+    result = run(tiny_recipe("full", "data.test=0"))
+    assert result.split == "val"
+    assert any(t.startswith("how the temperature does on other") for t in result.findings.left_out)
+    page = (result.folder / "report.html").read_text()
+    assert "the photographs that are scored chose it; set data.test to see" in page
+    other = run(tiny_recipe("probe", "data.test=0")).findings  # folds of train
+    assert not any(t.startswith("how the temperature does on other") for t in other.left_out)
+
+
+def test_thresholds_of_a_head_that_knows_val_are_not_promised(tiny_recipe):
+    page = (run(tiny_recipe("probe", "probe.refit=true")).folder / "report.html").read_text()
+    assert "not with probe.refit" in page
+    assert "too few val photographs" not in page
 
 
 def test_the_ladder_may_end_with_fine_tuning(tiny_recipe):

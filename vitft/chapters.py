@@ -11,7 +11,7 @@ from vitft import trust
 from vitft.charts import Chart, Series
 from vitft.curve import TRIED, Curve
 from vitft.doubt import Abstain, Accepted
-from vitft.findings import Findings
+from vitft.findings import UNSURE, Findings
 from vitft.pages import (
     Block,
     Bullets,
@@ -176,7 +176,8 @@ def _doubt(p: Prepared, found: Findings) -> Section:
     offers = dict(found.offers)
     if found.abstain is not None and found.accepted is not None:
         offers[found.abstain.max_error] = (found.abstain, found.accepted)
-    rows = tuple(_offer(e, *offers[e]) for e in sorted(offers))
+    why_not = "not with probe.refit" if UNSURE in found.left_out else "too few val photographs"
+    rows = tuple(_offer(e, *offers[e], why_not) for e in sorted(offers))
     header = ("errors allowed", "answers above", "answered", "wrong among them", "promised")
     table = Table(header, rows, caption="Thresholds chosen on val, measured on the scored split.")
     if found.abstain is not None:
@@ -197,14 +198,14 @@ def _doubt(p: Prepared, found: Findings) -> Section:
     return Section("doubt", "When it should say “I don't know”", summary, tuple(blocks))
 
 
-def _offer(target: float, chosen: Abstain, got: Accepted) -> tuple[str | Share, ...]:
+def _offer(target: float, chosen: Abstain, got: Accepted, why_not: str) -> tuple[str | Share, ...]:
     error = Share(got.error, got.error_interval.low, got.error_interval.high)
     return (
         f"{100 * target:g} %",
         percent(chosen.threshold) if chosen.threshold <= 1 else "never",
         Share(got.coverage, got.coverage_interval.low, got.coverage_interval.high),
         error if got.accepted else "none answered",
-        "yes" if chosen.promised else "too few val photographs",
+        "yes" if chosen.promised else why_not,
     )
 
 

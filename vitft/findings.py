@@ -27,10 +27,15 @@ SMALLEST_CLASS = 16  # train photographs of a class from which a curve can be dr
 NEIGHBOURS = 3  # train photographs shown beside a mistake
 BLOCK = 256  # scored photographs compared at once
 CURVE_STEPS = 300  # of a solve whose answers alone are asked for, not how sure they are
+LEAST_TO_KNOW = 4  # train photographs for a distance to them to mean anything
 LEAST_PER_FOLD = 4  # photographs of the rarest class for a fold to mean anything
 UNSURE = (
     "whether thresholds and the limit for foreign pictures hold: probe.refit let the "
     "head learn from val, where they were chosen; set probe.refit: false to rely on them"
+)
+SAME = (
+    "how the temperature does on other photographs: there is no test split, and the photographs "
+    "that are scored chose it; set data.test to see"
 )
 
 
@@ -132,7 +137,7 @@ def find(p: Prepared, learned: Learned, predictions: Predictions, val: Predictio
     left_out = [UNSURE] if known else []
     x = clock("features", lambda: all_features(p, learned, left_out))
     links = clock("leaks", lambda: _copies(p, x))
-    fitted = clock("temperature", lambda: _temperature(p, learned, val, x, links))
+    fitted = clock("temperature", lambda: _temperature(p, learned, val, x, links, left_out))
     t = fitted.value if fitted else 1.0
     before = clock("calibration", lambda: _calibration(p, predictions, 1.0))
     after = clock("calibration", lambda: _calibration(p, predictions, t)) if fitted else None
@@ -146,7 +151,7 @@ def find(p: Prepared, learned: Learned, predictions: Predictions, val: Predictio
     right = predictions.logits.argmax(axis=1) == predictions.labels
     band = clock("seed band", lambda: _band(p, learned))
     intervals = clock("intervals", lambda: _intervals(p, predictions, t))
-    foreign = clock("foreign pictures", lambda: _foreign(p, x, val))
+    foreign = clock("foreign pictures", lambda: _foreign(p, x, val, left_out))
     nearest = clock("nearest", lambda: _nearest(p, x))
     say(f"what the findings cost: {cost(clock.seconds)}")
     return Findings(
@@ -209,12 +214,15 @@ def _temperature(
     val: Predictions,
     x: NDArray[np.float32] | None,
     links: audit.Links | None,
+    left_out: list[str],
 ) -> trust.Temperature | None:
     """Copies stay in one fold, or they would vouch for each other."""
     if not p.recipe.trust.calibrate:
         return None
     groups = p.index.sha256 if links is None else links.group.tolist()
     unseen = held_out(p, learned, val, x, groups)
+    if unseen.logits is val.logits and p.test_split == "val":
+        left_out.append(SAME)
     found = trust.fit_temperature(unseen.logits, unseen.labels, unseen.on)
     say(found.sentence())
     return found
@@ -348,11 +356,18 @@ def _nearest(p: Prepared, x: NDArray[np.float32] | None) -> NDArray[np.int64] | 
     )
 
 
-def _foreign(p: Prepared, x: NDArray[np.float32] | None, val: Predictions) -> doubt.Foreign | None:
+def _foreign(
+    p: Prepared, x: NDArray[np.float32] | None, val: Predictions, left_out: list[str]
+) -> doubt.Foreign | None:
     """Strangeness against train, its limit from val."""
     if x is None:
         return None
     train, rows = p.index.rows("train"), p.index.rows("val")
+    if len(train) < LEAST_TO_KNOW:
+        left_out.append(
+            f"foreign pictures: {len(train)} train photographs are too few to be unlike them"
+        )
+        return None
     alarms, seed = p.recipe.trust.foreign_alarms, p.recipe.seed
     return doubt.fit_foreign(x[train], x[rows], val.logits, alarms=alarms, seed=seed)
 

@@ -80,9 +80,10 @@ def climb(p: Prepared, hooks: Hooks) -> Learned:
     Returns:
         The kept step's Learned, with every step tried in `rungs`.
     """
+    unseen = replace(p, recipe=_without_val(p))
     ways: dict[str, Callable[[], _Tried]] = {
         "knn": lambda: _neighbours(p),
-        **{kind: lambda kind=kind: _solved(p, hooks, kind) for kind in LINEAR},  # type: ignore[misc]
+        **{kind: lambda kind=kind: _solved(unseen, hooks, kind) for kind in LINEAR},  # type: ignore[misc]
         "head": lambda: _trained(p, hooks),
         "blocks": lambda: _tuned(p, hooks),
         "full": lambda: _tuned(replace(p, recipe=_all_blocks(p)), hooks),
@@ -116,8 +117,11 @@ def _keep(p: Prepared, kept: _Tried | None, rungs: list[Rung], name: str) -> Lea
     if kept.learned is None or kept.state is None:
         raise ValueError("a solved step has a model")
     p.net.load_state_dict(kept.state)
+    learned = kept.learned
+    if p.recipe.probe.refit and (kind := learned.solved):
+        learned = require_frozen(p, lambda: solve_head(p, Hooks(), kind))
     marked = [replace(r, kept=r.name == name).as_dict() for r in rungs]
-    return replace(kept.learned, rungs=tuple(marked))
+    return replace(learned, rungs=tuple(marked))
 
 
 def _measure(step: str, tried: _Tried, before: _Tried | None, seconds: float) -> Rung:
@@ -175,6 +179,11 @@ def _kept(p: Prepared, learned: Learned) -> _Tried:
         predictions = evaluate.predict(p.net, batches, autocast=p.device.type == "cuda")
     state = {k: v.detach().clone() for k, v in p.net.state_dict().items()}
     return _Tried(predictions, learned, state)
+
+
+def _without_val(p: Prepared) -> Any:
+    """A head that has learned from val cannot be measured there against one that has not."""
+    return p.recipe.model_copy(update={"probe": p.recipe.probe.model_copy(update={"refit": False})})
 
 
 def _all_blocks(p: Prepared) -> Any:
