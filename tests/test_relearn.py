@@ -115,6 +115,17 @@ def test_a_head_that_learned_from_val_is_judged_by_one_that_did_not(made, monkey
     assert found.on == "photographs of val, judged by a head of the train photographs alone"
 
 
+def test_a_val_that_the_head_knows_is_never_the_spare_one(made, monkeypatch):
+    monkeypatch.setattr(relearn, "_folded", lambda *_: None)  # as of a class with one photograph
+    p, learned, val, x = made("probe", "probe.refit=true")
+    found = ask(p, learned, val, x)
+    fitted = trust.fit_temperature(found.logits, found.labels, found.on)
+    assert (fitted.value, fitted.n) == (1.0, 0)
+    assert "fitted on 0 photographs, as the head knows them all" in fitted.sentence()
+    p, learned, val, x = made("probe")
+    assert ask(p, learned, val, x).logits is val.logits
+
+
 def test_a_trained_heads_folds_stand_beside_its_own_val(made):
     p, learned, val, x = made("head")
     assert not relearn.val_is_known(p, learned)

@@ -412,7 +412,7 @@ def test_the_ladder_measures_heads_that_have_not_learned_from_val(tiny_recipe, t
     assert not np.allclose(*logits)
 
 
-def test_four_photographs_to_learn_from_leave_out_what_is_foreign(tiny_recipe, tmp_path):
+def test_two_photographs_to_learn_from_leave_out_what_is_foreign(tiny_recipe, tmp_path):
     for name in ("red", "green"):
         for file in sorted((tmp_path / "photos" / name).iterdir())[3:]:
             file.unlink()

@@ -149,7 +149,9 @@ def held_out(
             on = "photographs of val, judged by a head of the train photographs alone"
             return HeldOut(logits, val.labels, on)
         splits = ("train",) if p.test_split == "val" else ("train", "val")
-        return _folded(p, splits, groups, judge) or plain
+        nobody = HeldOut(val.logits[:0], val.labels[:0], "photographs, as the head knows them all")
+        spare = nobody if val_is_known(p, learned) else plain
+        return _folded(p, splits, groups, judge) or spare
     if learned.train_views is None:
         return plain
     judge = _judge_of_views(p, learned, learned.train_views, x)

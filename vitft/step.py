@@ -296,7 +296,8 @@ def _late_no_memory(device: torch.device) -> VitftError:
     used, free, total = (n / 2**30 for n in _gpu_memory(device))
     text = f"out of memory after parts were settled between ranks: {used:.1f} GiB in use by this "
     text += f"process, {free:.1f} of {total:.1f} GiB free"
-    fix = "go on with --resume auto and a smaller train.batch_size with more train.accumulate"
+    fix = "go on with --resume auto --resume-anyway train.grad_checkpointing=true, or start "
+    fix += "anew with a smaller train.batch_size and more train.accumulate"
     return MachineError.of("env.gpu_memory", str(device), text, fix)
 
 
