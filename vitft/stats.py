@@ -23,6 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 LEVEL = 0.95
 POWER = 0.8  # chance of seeing a true difference that `needed_n` plans for
 BLOCK = 2_000_000  # drawn row numbers held at once: 16 MB, whatever N and R are
+NO_CHANCE = -30.0  # log probability below which a number only says "never"
 FEW = 30  # images below which a share is a first impression
 FEW_DISCORDANT = 10  # below it a paired bootstrap has too few distinct outcomes to be an interval
 

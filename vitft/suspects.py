@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from vitft.stats import log_softmax
+from vitft.stats import NO_CHANCE, log_softmax
 
 CHANCE = 0.3  # a label is a suspect from this chance of being wrong
 BELOW = 0.05  # or when it is less likely than this
@@ -35,7 +35,6 @@ FOLDS = 5
 SURE = 0.9  # a proposal relabels when another class is at least this likely, else it drops
 START, TINY, ROUNDS = 0.05, 1e-6, 200  # of the expectation maximisation
 COLDEST, HOTTEST = 0.05, 20.0
-NO_CHANCE = -30.0  # log probability below which a number only says "never"
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

@@ -13,10 +13,17 @@ from math import exp, log
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from vitft.stats import Interval, bootstrap, bootstrap_mean, checked, log_softmax, wilson
+from vitft.stats import (
+    NO_CHANCE,
+    Interval,
+    bootstrap,
+    bootstrap_mean,
+    checked,
+    log_softmax,
+    wilson,
+)
 
 COLDEST, HOTTEST = 0.005, 20.0  # a free search on separable data runs to 0, or past it
-NO_CHANCE = -30.0  # log probability below which a number only says "never"
 RULED_OUT = 3.841  # chi squared of one degree of freedom, at 95 %
 BINS = 15
 
