@@ -132,9 +132,8 @@ class Stepper:
             self._halve(pending)
 
     def _fits_here(self, pending: list[Batch]) -> bool:
-        for module in self.net.modules():  # their statistics are to see a batch once, and together
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
+        for norm in batch_norms(self.net):  # their statistics are to see a batch once, and together
+            norm.eval()
         with self._no_exchange():
             count = sum(len(x) for x, _, _ in pending) or 1
             fits = self._tried(pending, count, alone=True) is not None
@@ -273,7 +272,7 @@ def _parts(x: Tensor, y: Tensor, splits: int) -> Iterator[tuple[Tensor, Tensor, 
 
 def _no_parts(batch: int, norms: int, half: tuple[int, int], device: torch.device) -> VitftError:
     """Where batch normalisation is trained, cutting a batch changes what each image is made of."""
-    used, free, total = (n / 2**30 for n in _gpu_memory(device))
+    used, free, total = _gpu_memory(device)
     text = f"a batch of {batch} images does not fit ({used:.1f} GiB in use by this run, {free:.1f} "
     text += f"of {total:.1f} GiB free), and {norms} batch-normalisation layers that are trained "
     text += "would give other results on its parts"
@@ -284,7 +283,7 @@ def _no_parts(batch: int, norms: int, half: tuple[int, int], device: torch.devic
 
 def _no_memory(batch: int, device: torch.device) -> VitftError:
     """After a batch was cut down to single images, and these do not fit either."""
-    used, free, total = (n / 2**30 for n in _gpu_memory(device))
+    used, free, total = _gpu_memory(device)
     text = f"one image of a batch of {batch} does not fit: {used:.1f} GiB in use by this run, "
     text += f"{free:.1f} of {total:.1f} GiB free"
     fix = "set train.grad_checkpointing: true, a smaller data.image_size or model, or free the GPU"
@@ -293,7 +292,7 @@ def _no_memory(batch: int, device: torch.device) -> VitftError:
 
 def _late_no_memory(device: torch.device) -> VitftError:
     """Parts fitted when they were tried, and later one rank had less room."""
-    used, free, total = (n / 2**30 for n in _gpu_memory(device))
+    used, free, total = _gpu_memory(device)
     text = f"out of memory after parts were settled between ranks: {used:.1f} GiB in use by this "
     text += f"process, {free:.1f} of {total:.1f} GiB free"
     fix = "go on with --resume auto --resume-anyway train.grad_checkpointing=true, or start "
@@ -301,8 +300,9 @@ def _late_no_memory(device: torch.device) -> VitftError:
     return MachineError.of("env.gpu_memory", str(device), text, fix)
 
 
-def _gpu_memory(device: torch.device) -> tuple[int, int, int]:
-    """Bytes used by this process, free, and there in all."""
+def _gpu_memory(device: torch.device) -> tuple[float, float, float]:
+    """GiB used by this process, free, and there in all."""
     if device.type != "cuda":
-        return 0, 0, 0
-    return torch.cuda.memory_allocated(device), *torch.cuda.mem_get_info(device)
+        return 0.0, 0.0, 0.0
+    used, (free, total) = torch.cuda.memory_allocated(device), torch.cuda.mem_get_info(device)
+    return used / 2**30, free / 2**30, total / 2**30
