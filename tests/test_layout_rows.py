@@ -440,14 +440,19 @@ def test_I8_files_of_other_extensions_are_counted_and_the_top_three_named(two):
     }
     assert ledger.warnings[0] == (
         "7 files ignored by their extension: .txt (3), .jpeg_large (2), none (1); "
-        "data.extensions: [.jpeg_large, .jpg, .txt] would read these too"
+        "where photographs are among them: data.extensions: [.jpeg_large, .txt]"
     )
     assert (ledger.found, ledger.used) == (27, 20)
 
 
-def test_I8_data_extensions_chooses_what_is_read(two):
+def test_I8_files_without_an_extension_are_told_without_a_hint(two):
+    shutil.copy(two / "cat/000.jpg", two / "cat" / "c")
+    assert scan(two).ledger.warnings[0] == "1 files ignored by their extension: none (1)"
+
+
+def test_I8_data_extensions_adds_to_what_is_read(two):
     shutil.copy(two / "cat/000.jpg", two / "cat/x.photo")
-    assert scan(two, extensions=(".jpg", ".photo")).ledger.used == 21
+    assert scan(two, extensions=(".photo",)).ledger.used == 21
 
 
 def test_I9_upper_case_extensions_are_read(two):

@@ -244,12 +244,11 @@ class _Tree:
         if endings:
             top = endings.most_common(3)
             told = ", ".join(f"{ending} ({n:,})" for ending, n in top)
-            read = {os.path.splitext(f)[1].lower() for f in self.files}  # noqa: PTH122
-            want = sorted({*read, *(ending for ending, _ in top if ending != "none")})
-            lines.append(
-                f"{endings.total():,} files ignored by their extension: {told}; "
-                f"data.extensions: [{', '.join(want)}] would read these too"
-            )
+            line = f"{endings.total():,} files ignored by their extension: {told}"
+            more = ", ".join(sorted({ending.lower() for ending, _ in top if ending != "none"}))
+            if more and self.fold_case:  # the tutorial reads its four endings and no other
+                line += f"; where photographs are among them: data.extensions: [{more}]"
+            lines.append(line)
         if self.again:
             lines.append(
                 f"{len(self.again):,} folders are links to folders read already and were not read "
