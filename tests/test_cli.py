@@ -4,6 +4,7 @@ import argparse
 import ast
 import errno
 import os
+import runpy
 import select
 import signal
 import subprocess
@@ -161,6 +162,14 @@ def test_the_overview_lists_every_command_and_help_is_no_error(capsys):
         assert f"  {name:9s} {cli.COMMANDS[name]}\n" in out
     assert cli.main([]) == 2
     assert "usage: vitft COMMAND" in capsys.readouterr().err
+
+
+def test_the_package_itself_is_the_script(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["vitft", "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("vitft", run_name="__main__")
+    assert end.value.code == 0
+    assert capsys.readouterr().out == cli.overview()
 
 
 def test_an_unknown_command_is_answered_with_the_nearest(capsys):

@@ -36,6 +36,8 @@ FLOORS = (
     # doors
     "run predict check",
     "verify export demo study",
+    # the package as a command
+    "__main__",
 )
 LEVEL = {room: level for level, names in enumerate(FLOORS) for room in names.split()}
 

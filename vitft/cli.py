@@ -11,7 +11,8 @@ turns whatever happens inside into an exit code and a text on stderr; results al
     130  Ctrl-C              143  SIGTERM or SIGHUP (closed terminal); a second one ends at once
     141  the reader of stdout has gone, as in `vitft ... | head`
 
-`vitft X ...` is `python -m vitft.X ...`; every one of them takes --debug, --quiet and --version.
+`vitft X ...` is `python -m vitft.X ...`, and also `python -m vitft X ...`; every one of them takes
+--debug, --quiet and --version.
 """
 
 import errno
