@@ -206,8 +206,9 @@ def test_every_help_explains_each_word_and_gives_an_example_that_parses(name, ca
     with pytest.raises(SystemExit) as end:
         cli._dispatch([name, "--help"])
     assert end.value.code == 0
-    told = " ".join(capsys.readouterr().out.split())
-    words = told.partition(f"example: python -m vitft.{name} ")[2].split()
+    told = capsys.readouterr().out.rstrip("\n").replace("example:\n", "example:")
+    last = " ".join(told.splitlines()[-1].split())  # one line, so that it can be copied
+    words = last.partition(f"example: python -m vitft.{name} ")[2].split()
     assert words, f"vitft {name} --help ends without an example"
     parsed = []
 

@@ -58,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="vitft cache",
         description="Says what the cache of features holds, or empties it.",
         epilog="example: python -m vitft.cache info",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("what", choices=("info", "clear"), help="list it, or empty it")
     if parser.parse_args(argv).what == "clear":

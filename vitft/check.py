@@ -214,6 +214,7 @@ def parser() -> argparse.ArgumentParser:
         prog="vitft check",
         description="Looks for everything wrong with data, a recipe or a model, and stops.",
         epilog="example: python -m vitft.check photos/ --deep",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("target", metavar="DATA|RECIPE|MODEL", help="folder, CSV, YAML, run or weights")
     p.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to a recipe")

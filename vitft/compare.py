@@ -219,6 +219,7 @@ def parser() -> argparse.ArgumentParser:
         prog="vitft compare",
         description="Says whether one run is better than another, and how surely.",
         epilog="example: python -m vitft.compare runs/flowers_head/latest runs/flowers_full/latest",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="finished run folders")
     p.add_argument("--html", type=Path, metavar="FILE", help="write a page with the disagreements")

@@ -286,6 +286,7 @@ def parser() -> argparse.ArgumentParser:
         prog="vitft demo",
         description="Tries a model in a browser.",
         epilog="example: python -m vitft.demo runs/flowers_head/latest",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("model", type=Path, metavar="MODEL", help="run folder or model.safetensors")
     p.add_argument("--port", type=int, default=PORT, help=f"default {PORT}; 0 for any free one")

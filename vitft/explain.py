@@ -271,6 +271,7 @@ def parser() -> argparse.ArgumentParser:
         prog="vitft explain",
         description="Draws what a model looks at.",
         epilog="example: python -m vitft.explain runs/flowers_head/latest photo.jpg -o out.png",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("model", type=Path, metavar="MODEL", help="run folder or model.safetensors")
     p.add_argument("inputs", nargs="*", type=Path, metavar="IMAGE", help="photographs")

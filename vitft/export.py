@@ -322,6 +322,7 @@ def parser() -> argparse.ArgumentParser:
         prog="vitft export",
         description="Writes a model for use without vitft, and checks it.",
         epilog="example: python -m vitft.export runs/flowers_head/latest -o flowers_onnx --uint8",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument(
         "model", nargs="?", type=Path, metavar="MODEL", help="run folder or model.safetensors"

@@ -260,6 +260,7 @@ def parser() -> argparse.ArgumentParser:
         prog="vitft predict",
         description="Names what photographs show.",
         epilog="example: python -m vitft.predict runs/flowers_head/latest photos/ -o answers.csv",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("model", type=Path, metavar="MODEL", help="run folder or model.safetensors")
     p.add_argument(

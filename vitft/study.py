@@ -376,6 +376,7 @@ def parser() -> argparse.ArgumentParser:
         prog="vitft study",
         description="Trains variants over seeds, says which differ.",
         epilog="example: python -m vitft.study recipes/studies/position.yaml data.root=photos/",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("study", type=Path, metavar="STUDY", help="recipes/studies/NAME.yaml")
     p.add_argument("overrides", nargs="*", metavar="key=value", help="changes of every arm")

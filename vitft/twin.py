@@ -520,6 +520,7 @@ def parser() -> argparse.ArgumentParser:
         prog="vitft weights",
         description="Says what a weights file is, and which model it fits.",
         epilog="example: python -m vitft.weights inspect weights.safetensors",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = p.add_subparsers(dest="command", required=True)
     one = commands.add_parser("inspect", help="what it is, and what to build for it")

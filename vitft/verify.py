@@ -171,6 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="vitft verify",
         description="Hashes and predicts a finished run again.",
         epilog="example: python -m vitft.verify runs/flowers_head/latest",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="a run folder")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
