@@ -71,8 +71,8 @@ def test_two_runs_are_compared_in_one_sentence(two, capsys):
     assert out[0].startswith("A  head   90.7 % [87.6, 93.1]  (390/430 test)  log loss 0.352")
     assert out[1].startswith("B  full   92.1 % [89.2, 94.3]  (396/430 test)  log loss 0.333")
     assert out[2] == (
-        f"B better by 1.4 points {i.difference.interval.percent()}: not distinguishable on 430 "
-        "images (p = 0.33); about 2,500 would be needed"
+        f"B better than A by 1.4 points {i.difference.interval.percent()}: not distinguishable on "
+        "430 images (p = 0.33); about 2,500 would be needed"
     )
     assert len(out) == 3
 
@@ -206,7 +206,7 @@ def test_the_page_shows_the_disagreements(tmp_path):
     markup = Markup(target.read_text(encoding="utf-8"))
     assert markup.faults == []
     said = " ".join(" ".join(markup.text).split())
-    assert "B better by 16.7 points" in said
+    assert "B better than A by 16.7 points" in said
     assert "Only A is right" in said
     assert "Only B is right" in said
     assert "<i>full" in said  # escaped in the source, whole for the reader

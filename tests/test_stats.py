@@ -177,7 +177,7 @@ def test_difference_counts_and_tests():
     assert d.estimate == pytest.approx(b.mean() - a.mean())
     assert d.p == pytest.approx(binomtest(10, 26, 0.5).pvalue)
     assert d.sentence() == (
-        f"B better by 1.4 points {d.interval.percent()}: not distinguishable on 430 images "
+        f"B better than A by 1.4 points {d.interval.percent()}: not distinguishable on 430 images "
         f"(p = 0.33); about 2,500 would be needed"
     )
 

@@ -371,7 +371,7 @@ def _paired_draws(
 
 
 def _sentence(d: Difference, a: str, b: str) -> str:
-    """`B better by 1.3 points [-0.2, 2.8]: not distinguishable on 430 images; about ...`."""
+    """`B better than A by 1.3 points [-0.2, 2.8]: not distinguishable on 430 images; about ...`."""
     images = f"{d.n:,} image{'s' if d.n != 1 else ''}"
     better, worse = (b, a) if d.estimate >= 0 else (a, b)
     i = d.interval if d.estimate >= 0 else Interval(-d.interval.high, -d.interval.low)
@@ -379,10 +379,10 @@ def _sentence(d: Difference, a: str, b: str) -> str:
     if d.only_a == d.only_b:
         return f"{a} and {b} are level: 0.0 points {i.percent()} on {images}"
     tail = f"distinguishable on {images} ({p_text(d.p)})"
+    said = f"{better} better than {worse} by {points}"
     if d.distinguishable:
-        return f"{better} better than {worse} by {points}: {tail}"
-    needed = f"about {rounded(d.needed or 0):,} would be needed"
-    return f"{better} better by {points}: not {tail}; {needed}"
+        return f"{said}: {tail}"
+    return f"{said}: not {tail}; about {rounded(d.needed or 0):,} would be needed"
 
 
 def p_text(p: float) -> str:
