@@ -141,6 +141,23 @@ def test_long_and_strange_names_stay_in_their_room():
     assert (drawn[:, -20:] == 255).all()
 
 
+def test_a_note_that_is_too_long_breaks_before_it_is_shortened(monkeypatch):
+    written = []
+    monkeypatch.setattr(
+        figures, "_text", lambda draw, at, text, *rest: written.append((at[1], text))
+    )
+    panel = Panel((photo(),), ("",), "a", "b")
+    figures.sheet("title", "short; note", [panel], across=1)
+    figures.sheet("title", f"{'how ' * 15}; {'what ' * 9}", [panel], across=1)
+    notes = [
+        (y, text) for y, text in written if y < figures.HEAD and ("note" in text or "w" in text)
+    ]
+    (first, _), (second, how), (third, what) = notes
+    assert (first, notes[0][1]) == (second, "short; note")
+    assert (how, what) == ("how " * 15, "what " * 9)
+    assert second < third < figures.HEAD - SMALL
+
+
 def test_a_line_that_is_too_long_is_shortened_in_its_middle():
     canvas = Image.new("RGB", (400, 60), PAPER)
     figures._text(

@@ -339,7 +339,7 @@ def _nice(step: float) -> float:
 
 
 def _heading(canvas: Image.Image, title: str, note: str, ends: tuple[str, str] | None) -> None:
-    """Title, note, and the scale of colours with the meaning of its ends."""
+    """Title, note (broken at its `; ` if too long), and colours with the meaning of their ends."""
     draw = ImageDraw.Draw(canvas)
     room = canvas.width - 2 * MARGIN
     if ends:
@@ -352,7 +352,9 @@ def _heading(canvas: Image.Image, title: str, note: str, ends: tuple[str, str] |
         _text(draw, (x + 220, 74), ends[1], SMALL, SOFT, 110, "ra")
         room -= 220 + GAP
     _text(draw, (MARGIN, 40), title, HEADING, INK, room)
-    _text(draw, (MARGIN, 40 + HEADING + 10), note, SMALL, SOFT, room)
+    lines = [note] if _font(SMALL).getlength(plain(note)) <= room else note.split("; ", 1)
+    for i, line in enumerate(lines):
+        _text(draw, (MARGIN, 40 + HEADING + 10 + 26 * i), line, SMALL, SOFT, room)
 
 
 def _text(
