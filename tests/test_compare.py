@@ -128,6 +128,7 @@ def test_other_labels_are_refused(tmp_path):
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path, two):
+    (tmp_path / "nothing").mkdir()
     with pytest.raises(DataError, match=r"no finished run: it has no predictions\.csv, split\.csv"):
         compare.main([str(two[0]), str(tmp_path / "nothing")])
 

@@ -3,6 +3,7 @@
 import re
 from dataclasses import asdict
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -237,7 +238,9 @@ def test_a_photograph_that_cannot_be_read_is_said_and_the_others_drawn(
     with caplog.at_level("WARNING", "vitft"):
         assert main([vit, photos[0], str(broken), "-o", str(tmp_path / "a.png")]) == 3
     assert len(shown) == 3
-    assert "error[data.not_image]" in caplog.text
+    (told,) = [line for line in caplog.messages if "broken.jpg" in line]
+    assert told.startswith(f"left out: {broken}: ")
+    assert "fix" not in told
     assert (tmp_path / "a.png").exists()
 
 
@@ -248,6 +251,13 @@ def test_when_none_can_be_read_nothing_is_written(vit, tmp_path, options):
         main([vit, *missing, "-o", str(tmp_path / "a.png"), *options])
     assert len(e.value.faults) == 2
     assert not (tmp_path / "a.png").exists()
+
+
+def test_a_mistyped_photograph_is_told_what_lies_there(vit, photos, tmp_path):
+    right = Path(photos[0])
+    with pytest.raises(DataError) as e:
+        main([vit, str(right.with_stem(right.stem + "0")), "-o", str(tmp_path / "a.png")])
+    assert e.value.faults[0].fix == f"did you mean {right}?"
 
 
 @pytest.mark.parametrize(

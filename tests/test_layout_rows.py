@@ -439,7 +439,7 @@ def test_I8_files_of_other_extensions_are_counted_and_the_top_three_named(two):
         "extension .pdf": 1,
     }
     assert ledger.warnings[0] == (
-        "7 files ignored by their extension: .txt (3), .jpeg_large (2), none (1); "
+        "7 files ignored by extension: .txt (3), .jpeg_large (2), none (1); "
         "where photographs are among them: data.extensions: [.jpeg_large, .txt]"
     )
     assert (ledger.found, ledger.used) == (27, 20)
@@ -447,7 +447,7 @@ def test_I8_files_of_other_extensions_are_counted_and_the_top_three_named(two):
 
 def test_I8_files_without_an_extension_are_told_without_a_hint(two):
     shutil.copy(two / "cat/000.jpg", two / "cat" / "c")
-    assert scan(two).ledger.warnings[0] == "1 files ignored by their extension: none (1)"
+    assert scan(two).ledger.warnings[0] == "1 file ignored by extension: none (1)"
 
 
 def test_I8_data_extensions_adds_to_what_is_read(two):

@@ -147,9 +147,13 @@ def test_faults_of_a_study_file_are_told(tmp_path, text, what):
 
 
 def test_a_missing_file_and_a_missing_full_part_are_told(tmp_path):
-    with pytest.raises(RecipeError, match="study.file.*cannot be read"):
+    with pytest.raises(
+        RecipeError, match="study.file.*cannot be read: No such file or dir.*\nfix: na"
+    ):
         study.load(tmp_path / "no.yaml")
     path = written(tmp_path, "question: q\nbase: b\narms: {a: [], b: []}\n")
+    with pytest.raises(RecipeError, match=f"did you mean {path}"):
+        study.load(path.with_stem(path.stem[:-1]))
     with pytest.raises(RecipeError, match=r"study.no_full.*\n.*leave --full out"):
         study.load(path, full=True)
 

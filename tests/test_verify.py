@@ -91,7 +91,17 @@ def test_a_changed_prediction_is_named(finished):
     assert f"1 now answered otherwise: {cells[0]}" in check.text
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path):
-    with pytest.raises(DataError, match=r"run.not_a_run.*metrics.json: is not there") as e:
-        verify(tmp_path)
-    assert len(e.value.faults) == 4
+def test_a_folder_that_is_no_run_is_refused(finished, tmp_path):
+    (tmp_path / "flowers").mkdir()
+    with pytest.raises(
+        DataError, match=r"no finished run: it has no metrics.json, rec.*\nfix: name"
+    ):
+        verify(tmp_path / "flowers")
+    (tmp_path / "flowers/latest").symlink_to(finished)
+    with pytest.raises(DataError, match=r"is a folder of runs.*\nfix: name one, such as .*latest"):
+        verify(tmp_path / "flowers")
+    with pytest.raises(DataError, match=f"only {tmp_path} exists of it") as e:
+        verify(tmp_path / "flowrs" / "latest")
+    assert e.value.faults[0].fix == f"did you mean {tmp_path / 'flowers/latest'}?"
+    with pytest.raises(DataError, match=r"fix: name the folder of a finished run, such as runs/"):
+        verify(tmp_path / "zzz")

@@ -205,7 +205,7 @@ def _write(spec: DataSpec, options: Options, faults: Sequence[Fault]) -> None:
         return
     rows = [(f.place.removeprefix(_prefix(spec)), f.id, f.text, f.fix) for f in faults]
     io.write_csv(folder / "bad_images.csv", COLUMNS, rows)
-    say(f"{len(rows):,} bad files listed in {folder / 'bad_images.csv'}")
+    say(f"{len(rows):,} bad file{'s' * (len(rows) != 1)}, listed in {folder / 'bad_images.csv'}")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from vitft import console, gallery, images, io, offline, recipe, stats
 from vitft.console import say
 from vitft.errors import DataError, MachineError, RecipeError, escape
+from vitft.folders import no_run
 from vitft.pages import Bullets, Gallery, Photo, Section, Table, percent, render
 from vitft.pages import Share as Cell
 from vitft.stats import Difference, Interval
@@ -120,7 +121,7 @@ def read_run(folder: Path, letter: str) -> Run:
     missing = [name for name in NEEDED if not (folder / name).is_file()]
     if missing:
         text = f"is no finished run: it has no {', '.join(missing)}"
-        raise DataError.of("compare.not_a_run", folder, text, FIX)
+        raise DataError.of("compare.not_a_run", folder, *no_run(folder, text, FIX))
     split = {row.get("path"): row for row in _table(folder / "split.csv", "sha256", "split")}
     said = _table(folder / "predictions.csv", "label", "prediction", "confidence")
     lost = [row.get("path") for row in said if row.get("path") not in split]

@@ -15,6 +15,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +25,9 @@ from torch import Tensor, nn
 
 from vitft import console, figures, gallery, images, io, maps, product, stats
 from vitft.console import say, track, warn
-from vitft.errors import DataError, Fault, RecipeError
+from vitft.errors import DataError, Fault, RecipeError, escape
 from vitft.figures import Box, Panel
+from vitft.folders import instead
 from vitft.images import BadImage
 from vitft.inputs import TransformSpec, normalise, pixels
 from vitft.maps import Floats
@@ -174,7 +176,7 @@ class Session:
         self.bad: list[Fault] = []
 
     def read(self, files: Sequence[Path]) -> Iterator[tuple[Path, Image.Image]]:
-        """The photographs that can be read; the others are said and kept in `bad`.
+        """The photographs that can be read; the others are kept in `bad`, and said at the end.
 
         Raises:
             DataError: None can be read.
@@ -184,12 +186,15 @@ class Session:
             try:
                 picture = images.decode(images.read_bytes(path), path, decode)
             except BadImage as e:
-                warn(str(e))
-                self.bad += e.faults
+                near = None if path.exists() else instead(path)[1]
+                fix = f"did you mean {near}?" if near else "name another, or copy it here again"
+                self.bad += [replace(fault, fix=fix) for fault in e.faults]
             else:
                 yield path, picture
         if len(self.bad) == len(files):
             raise DataError(self.bad)
+        for fault in self.bad:
+            warn(f"left out: {escape(fault.place)}: {fault.text}")
 
     def label(self, name: str) -> int:
         """The row of a class.

@@ -156,6 +156,37 @@ def owner_and_mode(path: str | Path) -> str:
     return f"mode {mode:04o}, owner {s.st_uid}, group {s.st_gid}; you are user {user}"
 
 
+def instead(path: Path) -> tuple[str, Path | None]:
+    """What there is of a path that is not there, and what may have been meant."""
+    if path.is_symlink():
+        return f"is a link to {os.readlink(path)}, which is not there", None  # noqa: PTH115
+    up = path.parent
+    while not up.exists() and up != up.parent:
+        up = up.parent
+    here = up == path.parent
+    text = f"no such file or folder; {up} exists" if here else f"only {up} exists of it"
+    try:
+        siblings = [p.name for p in up.iterdir()]
+    except OSError:
+        siblings = []
+    wanted, *below = path.relative_to(up).parts or (path.name,)
+    near = difflib.get_close_matches(wanted, siblings, n=1, cutoff=0.6)
+    if not near:
+        return text, None
+    whole = (up / near[0]).joinpath(*below)
+    return text, whole if whole.exists() else up / near[0]
+
+
+def no_run(folder: Path, text: str, fix: str) -> tuple[str, str]:
+    """Text and fix for what is no run: mistyped, one level too high, or as the caller says."""
+    if not os.path.lexists(folder):  # noqa: PTH110
+        text, near = instead(folder)
+        return text, f"did you mean {near}?" if near else fix
+    if (folder / "latest").is_dir():
+        return "is a folder of runs, not one of them", f"name one, such as {folder / 'latest'}"
+    return text, fix
+
+
 def closest(name: str, classes: Sequence[str]) -> str:
     """Such as `; the closest class is 'rose'`, or nothing where none is close."""
     folded = {c.casefold(): c for c in classes}
@@ -244,7 +275,8 @@ class _Tree:
         if endings:
             top = endings.most_common(3)
             told = ", ".join(f"{ending} ({n:,})" for ending, n in top)
-            line = f"{endings.total():,} files ignored by their extension: {told}"
+            n = endings.total()
+            line = f"{n:,} file{'s' * (n != 1)} ignored by extension: {told}"
             more = ", ".join(sorted({ending.lower() for ending, _ in top if ending != "none"}))
             if more and self.fold_case:  # the tutorial reads its four endings and no other
                 line += f"; where photographs are among them: data.extensions: [{more}]"
@@ -372,24 +404,8 @@ def _some(names: Sequence[str], most: int = 3) -> str:
 
 
 def _missing(root: Path) -> Fault:
-    up = root.parent
-    while not up.exists() and up != up.parent:
-        up = up.parent
-    if root.is_symlink():
-        text, near = f"is a link to {os.readlink(root)}, which is not there", []  # noqa: PTH115
-    else:
-        text = (
-            f"no such file or folder; {up} exists"
-            if up == root.parent
-            else f"only {up} exists of it"
-        )
-        try:
-            siblings = [p.name for p in up.iterdir()]
-        except OSError:
-            siblings = []
-        wanted = root.relative_to(up).parts[0] if root != up else root.name
-        near = difflib.get_close_matches(wanted, siblings, n=1, cutoff=0.6)
-    fix = f"did you mean {up / near[0]}?" if near else "check data.root"
+    text, near = instead(root)
+    fix = f"did you mean {near}?" if near else "check data.root"
     return Fault("data.root_missing", str(root), text, fix)
 
 

@@ -35,7 +35,7 @@ from vitft.doubt import Foreign
 from vitft.errors import DataError, Fault, RecipeError, WeightsError, escape
 from vitft.evaluate import fixed_batch, in_fixed_shape
 from vitft.features import backbone_of
-from vitft.folders import EXTENSIONS
+from vitft.folders import EXTENSIONS, instead
 from vitft.images import BadImage, DecodeSpec
 from vitft.inputs import TransformSpec, normalise, pixels
 from vitft.kernels import fast_linear
@@ -206,7 +206,8 @@ def _absent(given: str) -> Fault:
     elif re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:/", given):  # pathlib made one slash of two
         text, fix = "is an address, predict opens no network", "download it and name the file"
     else:
-        text, fix = "there is no such file or folder", "check the path"
+        text, near = instead(Path(given))
+        fix = f"did you mean {near}?" if near else "check the path"
         return Fault("data.root_missing", given, text, fix)
     return Fault("data.not_a_file", given, text, fix)
 

@@ -22,6 +22,7 @@ from vitft.card import decode_of as decode_of
 from vitft.card import read as read_card
 from vitft.card import transform_of as transform_of
 from vitft.errors import Fault, RecipeError, VitftError, WeightsError
+from vitft.folders import no_run
 from vitft.inputs import InputConfig
 
 TABLES = "tables.safetensors"  # arrays that predict uses beside the weights
@@ -186,8 +187,8 @@ def _unfinished(folder: Path) -> WeightsError:
     """Says how far a run without a product had come."""
     newest = checkpoint.newest(folder / "checkpoints")
     if newest is None:
-        text = "no model.safetensors here"
-        return WeightsError([Fault("ckpt.missing", str(folder), text, NAME_A_RUN)])
+        text, fix = no_run(folder, "no model.safetensors here", NAME_A_RUN)
+        return WeightsError([Fault("ckpt.missing", str(folder), text, fix)])
     state = checkpoint.where(newest)
     history, best = state["numbers"]["history"], state["numbers"]["best"]
     told = f", best val accuracy {100 * best['val_accuracy']:.1f} %" if best else ""

@@ -27,6 +27,7 @@ from vitft.assign import COLUMNS
 from vitft.charts import Chart, Series
 from vitft.console import say
 from vitft.errors import RecipeError, escape
+from vitft.folders import instead
 from vitft.recipe import Recipe
 from vitft.schema import Section, Seed, Text
 from vitft.table import read_table
@@ -113,8 +114,10 @@ def load(path: Path, *, full: bool = False) -> Plan:
     try:
         document = strict_yaml.read(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        fix = "name a study, such as recipes/studies/position.yaml"
-        raise RecipeError.of("study.file", path, f"cannot be read: {error}", fix) from None
+        near = None if path.exists() else instead(path)[1]
+        fix = f"did you mean {near}?" if near else "name a study of recipes/studies/"
+        text = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+        raise RecipeError.of("study.file", path, text, fix) from None
     problems = [f"line {p.line}: {p.text}" for p in document.problems]
     try:
         plan = Plan.model_validate(document.value) if not problems else None

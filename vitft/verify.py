@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from vitft import console, images, io, model, offline, product, recipe
 from vitft.console import say, track
-from vitft.errors import DataError, Fault, MachineError, VitftError, WeightsError, escape
+from vitft.errors import DataError, MachineError, VitftError, WeightsError, escape
+from vitft.folders import no_run
 from vitft.images import BadImage
 from vitft.predict import Predictor
 from vitft.table import Row, read_table
@@ -67,10 +68,9 @@ def _require_all(folder: Path) -> None:
     names = ("metrics.json", "recipe.resolved.yaml", "split.csv", "predictions.csv")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
+        text = f"is no finished run: it has no {', '.join(missing)}"
         fix = "name the folder of a finished run, such as runs/flowers_head/latest"
-        raise DataError(
-            [Fault("run.not_a_run", str(folder / n), "is not there", fix) for n in missing]
-        )
+        raise DataError.of("run.not_a_run", folder, *no_run(folder, text, fix))
 
 
 def _claims(file: Path) -> tuple[float, str]:
