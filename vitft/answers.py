@@ -42,14 +42,15 @@ class Answer:
     Attributes:
         path: As listed.
         probabilities: [C] float64 summing to 1, or None where the file could not be read.
-        sure: False where the run's threshold says that a person should look.
+        sure: False where the run's threshold says that a person should look; None where it has no
+            threshold (`trust.max_error`).
         foreign: Whether the picture is unlike everything in training; None where not known.
         error: "" or the fault's id and text.
     """
 
     path: Path
     probabilities: NDArray[np.float64] | None
-    sure: bool = True
+    sure: bool | None = None
     foreign: bool | None = None
     error: str = ""
 
@@ -270,16 +271,15 @@ def _csv(file: Path, answers: Sequence[Answer], out: Output, first: bool) -> Non
         if a.probabilities is None:
             return [path, "", "", "", "", a.error, *[""] * len(out.classes)]
         name, p = top(a, out.classes, 1)[0]
-        foreign = "" if a.foreign is None else _yes(a.foreign)
         name = csv_cell(name, out.safe)
-        return [path, name, p, _yes(a.sure), foreign, "", *a.probabilities.tolist()]
+        return [path, name, p, _yes(a.sure), _yes(a.foreign), "", *a.probabilities.tolist()]
 
     text = encode.csv_text(header, map(row, answers))
     io.write_text(file, text if first else text[len(encode.csv_text(header, ())) :])
 
 
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"
+def _yes(value: bool | None) -> str:
+    return {True: "yes", False: "no", None: ""}[value]
 
 
 def _record(a: Answer, classes: Sequence[str]) -> dict[str, Any]:

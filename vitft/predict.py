@@ -62,7 +62,8 @@ class Predictor:
         self._pixels = pixels(self.transform)
         self._foreign = _foreign(path, self.net)
         self._singles, self._unpadded = 0, False
-        self._threshold = float((self.card.extras.get("abstain") or {}).get("threshold") or 0.0)
+        least = (self.card.extras.get("abstain") or {}).get("threshold")
+        self._threshold = None if least is None else float(least)  # None: none was asked for
 
     def __call__(self, files: Iterable[Path]) -> Iterator[Answer]:
         """One answer per file, in their order; memory does not grow with their number.
@@ -87,7 +88,7 @@ class Predictor:
     def of_picture(self, picture: Image.Image, name: str = "picture") -> Answer:
         """The answer to one picture from `vitft.images.decode`."""
         ((p, foreign),) = self._probabilities(self._pixels(picture).unsqueeze(0))
-        return Answer(Path(name), p, bool(p.max() >= self._threshold), foreign)
+        return Answer(Path(name), p, self._sure(p), foreign)
 
     @torch.inference_mode()
     def features(self, picture: Image.Image) -> NDArray[np.float32]:
@@ -96,6 +97,9 @@ class Predictor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             rows = in_fixed_shape(backbone_of(self.net), x).float()
         return np.asarray(rows[0].cpu().numpy())
+
+    def _sure(self, probabilities: NDArray[np.float64]) -> bool | None:
+        return None if self._threshold is None else bool(probabilities.max() >= self._threshold)
 
     def _read(self, path: Path) -> Tensor | BadImage:
         try:
@@ -109,7 +113,7 @@ class Predictor:
         for path, r in zip(files, read, strict=True):
             if isinstance(r, Tensor):
                 p, foreign = next(rows)
-                yield Answer(path, p, bool(p.max() >= self._threshold), foreign)
+                yield Answer(path, p, self._sure(p), foreign)
             else:
                 yield Answer(path, None, error=f"{r.faults[0].id}: {r.faults[0].text}")
 
@@ -251,7 +255,7 @@ def told(answer: Answer, classes: Sequence[str], k: int) -> str:
 
 def doubts(answer: Answer) -> list[str]:
     """Why a person should look, in words."""
-    out = [] if answer.sure else ["I don't know: below the run's threshold"]
+    out = [] if answer.sure is not False else ["I don't know: below the run's threshold"]
     return out + (["unlike the training pictures"] if answer.foreign else [])
 
 
