@@ -368,6 +368,14 @@ def test_R16_overrides_go_through_the_same_check_and_say_their_origin():
         ("recipe.override", "command line: a..b"),
         ("recipe.syntax", "command line: model.name"),
     ]
+    assert error.faults[2].fix == "did you mean train.lr?"
+
+
+def test_R16_a_folder_without_its_key_is_told_where_it_belongs(tmp_path):
+    error = refused("mode: head\n", str(tmp_path))
+    assert error.faults[0].fix == f"write data.root={tmp_path} if these are the photographs"
+    with pytest.raises(RecipeError, match=rf"flowers_head.yaml data.root={tmp_path}$"):
+        load(tmp_path)
 
 
 def test_R16_an_override_replaces_what_the_file_says_and_the_last_one_counts():

@@ -255,9 +255,8 @@ def locate(spec: ModelSpec) -> Path:
         near = difflib.get_close_matches(
             path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         )
-        hint = (
-            f"did you mean {near[0]}?" if near else "check the path; it is relative to the recipe"
-        )
+        base = "the recipe, or to the folder you are in if given on the command line"
+        hint = f"did you mean {near[0]}?" if near else f"check the path; it is relative to {base}"
         raise WeightsError.of("ckpt.missing", path, "there is no such file", hint)
     return _from_hub(spec)
 

@@ -208,6 +208,8 @@ class _Draft:
         place = f"command line: {name.strip() or override}"
         if not equals or not all(key):
             fix = "write key=value, such as train.lr=1e-4"
+            if not equals and Path(override).is_dir():
+                fix = f"write data.root={override} if these are the photographs"
             self.faults.append((order, Fault("recipe.override", place, f"got {override}", fix)))
             return
         document = strict_yaml.read(raw)
@@ -252,6 +254,7 @@ def _read(path: Path) -> str:
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):
+            fix += f" data.root={path}" if stat.S_ISDIR(found.st_mode) else ""
             raise RecipeError.of("recipe.not_file", path, "not a regular file", fix)
         if found.st_size > MAX_BYTES:
             text = f"{found.st_size:,} bytes, at most {MAX_BYTES:,}"
@@ -415,7 +418,8 @@ def _blame(draft: _Draft, key: KeyPath, kinds: set[str]) -> None:
     """One fault for one key, whatever the validator said about it."""
     few = len(draft.faults) < LOOKED_UP
     if "extra_forbidden" in kinds:
-        fix = _suggest_key(key) if few else "remove it"
+        typed = key in draft.spots and draft.spots[key].place.startswith("command line")
+        fix = _suggest_key(key, whole=typed) if few else "remove it"
         return draft.blame(key, "unknown_key", "unknown key", fix)
     spot = next(draft.spots[key[:n]] for n in range(len(key), 0, -1) if key[:n] in draft.spots)
     allowed, default = _rule_at(key)
@@ -476,7 +480,7 @@ def nearest_sizes(size: int, patch: int) -> tuple[int, int]:
     return low, low if low >= size else low + patch
 
 
-def _suggest_key(key: KeyPath) -> str:
+def _suggest_key(key: KeyPath, *, whole: bool = False) -> str:
     """The key that was meant: here first, then anywhere, then what other trainers call it."""
     word, section = str(key[-1]), section_at(key[:-1])
     here = list(section.model_fields) if section else []
@@ -485,7 +489,7 @@ def _suggest_key(key: KeyPath) -> str:
         return f"did you mean {known[word]}?"
     near = nearest(word, here)
     if near is not None:
-        return f"did you mean {near}?"
+        return f"did you mean {dotted((*key[:-1], near)) if whole else near}?"
     near = nearest(word, known)
     if near is not None:
         return f"did you mean {known[near]}?"
