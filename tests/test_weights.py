@@ -398,7 +398,7 @@ def test_C15_a_vit_of_another_size_is_told_by_its_size():
         "ckpt.shape",
         lambda: weights.complete(state_of(embed_dim=48), tiny()),
         r"cls_token is \[1, 1, 48\], the model has \[1, 1, 32\]",
-        fix="ViT of 2 blocks of width 48, patch 8; the model has 2 blocks of width 32",
+        fix="ViT of 2 blocks of width 48; the model has 2 blocks of width 32",
     )
     refused(
         "ckpt.unexpected_keys",
@@ -528,6 +528,16 @@ def test_C24_a_missing_head_stays_fresh_and_is_named():
     match, _ = fill(model, state_of(num_classes=0))
     assert match.new == ("head.weight", "head.bias")
     assert torch.equal(model.head.weight, fresh)
+
+
+def test_a_patch_that_was_resampled_on_the_way_is_not_told_as_the_files_own():
+    other = timm.create_model("vit_base_patch16_224", **(TINY | {"patch_size": 4, "embed_dim": 48}))
+    with pytest.raises(WeightsError) as caught:
+        weights.complete(other.state_dict(), tiny())
+    assert {fault.fix for fault in caught.value.faults} == {
+        "the file is a ViT of 2 blocks of width 48; the model has 2 blocks of width 32; "
+        "python -m vitft.weights inspect FILE names the model that fits"
+    }
 
 
 def test_C25_positions_of_another_grid_are_resampled_like_timms():

@@ -780,7 +780,14 @@ def advise(
     """
     theirs, ours = anatomy(file), anatomy(model)
     if theirs and ours and theirs.words != ours.words:
-        return f"the file is a ViT of {theirs.words}; the model has {ours.words}"
+        said, own = theirs.words, ours.words
+        if (theirs.patch, theirs.has_cnn) == (
+            ours.patch,
+            ours.has_cnn,
+        ):  # of the file, or resampled to the model's before
+            said, own = (words.partition(", patch")[0] for words in (said, own))
+        name = "python -m vitft.weights inspect FILE names the model that fits"
+        return f"the file is a ViT of {said}; the model has {own}; {name}"
     if relative(file):
         return f"looks like {relative(file)}, which vitflower models do not have"
     if not (theirs and ours):
