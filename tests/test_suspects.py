@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
 
-from vitft import suspects
+from vitft import chapters, suspects
 
 CLASSES = 4
 
@@ -216,3 +216,9 @@ def test_a_hardly_likely_label_is_doubted_even_where_none_seems_wrong():
     probs[1], labels[1] = [0.06, 0.9, 0.02, 0.02], 0
     assert suspects.chances(probs, labels)[0] < 0.3
     assert suspects._doubted(probs, labels, 0.3)[:2].tolist() == [True, False]
+
+
+def test_a_class_that_is_listed_by_the_third_is_told_to_be_looked_at_first():
+    labels = [0] * 6 + [1] * 6 + [2] * 7
+    (said,) = chapters._unknown_classes("abc", labels, [0, 6, 8, 12, 13])
+    assert said.startswith("2 of 6 photographs of b are listed: ")

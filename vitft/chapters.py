@@ -4,7 +4,8 @@ One function per part; each returns a `Section` that stands by its summary alone
 through a function that gives a thumbnail for a row of the index.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from vitft import trust
@@ -185,6 +186,11 @@ def _doubt(p: Prepared, found: Findings) -> Section:
     else:
         summary = "If unsure answers are left to a person, the rest are right more often."
     blocks: list[Block] = [table]
+    if found.abstain is None:
+        blocks.append(
+            "None of these is in the model: predict leaves it open whether an answer is sure. With "
+            "trust.max_error=0.05 the run keeps that threshold, and predict says which are not."
+        )
     if found.alarms is not None:
         a = found.alarms
         blocks.append(
@@ -230,15 +236,31 @@ def _labels(p: Prepared, found: Findings, thumbnail: Thumbnail) -> Section:
         )
     n, total = len(doubted.rows), len(index.paths)
     summary = (
-        f"{n:,} of {total:,} photographs look wrongly labelled; at least about "
-        f"{percent(doubted.share)} of all labels are wrong."
+        f"{n:,} of {total:,} photographs look wrongly labelled; these heads put the share of wrong "
+        f"labels at about {percent(doubted.share)}."
     )
     text = (
         "Judged by heads that did not see the photograph or its copies. The file fixes.csv in the "
         "run folder proposes what to do; edit it, then give it back with data.fixes=fixes.csv. The "
         "photographs themselves are never touched."
     )
-    return Section("labels", "Labels that look wrong", summary, (text, Gallery(tuple(photos), n)))
+    unknown = _unknown_classes(classes, index.labels.tolist(), doubted.rows.tolist())
+    blocks: list[Block] = [text, *([Bullets(unknown)] if unknown else [])]
+    blocks.append(Gallery(tuple(photos), n))
+    return Section("labels", "Labels that look wrong", summary, tuple(blocks))
+
+
+def _unknown_classes(
+    classes: Sequence[str], labels: Sequence[int], rows: Iterable[int]
+) -> tuple[str, ...]:
+    """Says of which classes a third or more is doubted, which may be the heads' fault."""
+    held, listed = Counter(labels), Counter(labels[i] for i in rows)
+    return tuple(
+        f"{n:,} of {held[k]:,} photographs of {classes[k]} are listed: either its labels are mixed "
+        "up, or the heads do not know this class yet. Look before you drop any."
+        for k, n in sorted(listed.items())
+        if 3 * n >= held[k]
+    )
 
 
 def _top(probabilities: object, classes: tuple[str, ...]) -> list[tuple[str, float]]:
