@@ -15,7 +15,7 @@ from rows import interrupted
 
 from vitft import io, prepare, product, recipe
 from vitft.errors import BusyError, DataError, RecipeError, WeightsError
-from vitft.predict import Predictor
+from vitft.predict import Predictor, doubts
 from vitft.predict import main as predict_main
 from vitft.run import main, run
 
@@ -186,6 +186,7 @@ def test_P7_an_unreadable_file_gets_its_row_and_exit_code_3(tiny_recipe, tmp_pat
     assert bad["path"] == str(broken)
     assert bad["prediction"] == ""
     assert bad["error"].startswith("data.not_image")
+    assert {r["sure"] for r in found} == {""}  # no threshold was asked for, so none is applied
     assert "error data.not_image" in capsys.readouterr().out
 
 
@@ -391,7 +392,9 @@ def test_the_ladder_stops_where_a_gain_cannot_be_told_from_luck(tiny_recipe):
     stored = json.loads((result.folder / "metrics.json").read_text())
     assert [r["step"] for r in stored["ladder"]][:2] == ["knn", "ridge"]
     assert len(stored["ladder"]) < 4
-    assert "cannot be told from luck" in (result.folder / "log.txt").read_text()
+    log = (result.folder / "log.txt").read_text()
+    assert "cannot be told from luck" in log
+    assert "ladder.stop=false would try the rest too" in log
 
 
 def test_the_ladder_measures_heads_that_have_not_learned_from_val(tiny_recipe, tmp_path):
@@ -469,13 +472,17 @@ def test_the_next_run_honours_the_fixes_that_a_run_proposed(tiny_recipe, tmp_pat
 
 
 @pytest.mark.parametrize("refit", [True, False])
-def test_nothing_is_promised_on_photographs_that_the_head_has_learned(tiny_recipe, refit):
+def test_nothing_is_promised_on_photographs_that_the_head_has_learned(tiny_recipe, tmp_path, refit):
     options = ["trust.max_error=0.45", f"probe.refit={json.dumps(refit)}", "probe.strengths=[1]"]
     result = run(tiny_recipe("probe", *options))
     trust = json.loads((result.folder / "metrics.json").read_text())["trust"]
     assert trust["abstain"]["promised"] is not refit
     assert ("probe.refit let the head learn" in trust["abstain"]["words"]) is refit
     assert any("probe.refit" in line for line in trust["left_out"]) is refit
+    least = trust["abstain"]["threshold"]
+    for answer in Predictor(result.folder, "cpu")(sorted((tmp_path / "photos").rglob("*.jpg"))):
+        assert answer.sure is bool(answer.probabilities.max() >= least)
+        assert bool(doubts(answer)) is (answer.foreign or not answer.sure)
 
 
 @pytest.mark.parametrize(

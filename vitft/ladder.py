@@ -105,7 +105,9 @@ def climb(p: Prepared, hooks: Hooks) -> Learned:
         if better or only_neighbours:
             kept, name = tried, step
         if not better and p.recipe.ladder.stop and kept is not None and kept.learned is not None:
-            say(f"the gain of {step} cannot be told from luck: the ladder ends, {name} is kept")
+            said = f"the gain of {step} cannot be told from luck: the ladder ends, {name} is kept"
+            left = step != p.recipe.ladder.steps[-1]
+            say(f"{said}; ladder.stop=false would try the rest too" if left else said)
             break
     return _keep(p, kept, rungs, name)
 
