@@ -236,9 +236,16 @@ def test_nothing_to_resume_is_said(tiny_recipe, tmp_path):
     with pytest.raises(RecipeError) as caught:
         run(tiny_recipe("full"), resume=str(gone))
     assert str(caught.value) == (
-        f"error[run.nothing_to_resume] {gone}: there is no such run folder\n"
+        f"error[run.nothing_to_resume] {gone}: only {tmp_path} exists of it\n"
         "fix: leave out --resume to start anew; cached features are used again"
     )
+
+
+def test_a_mistyped_run_to_resume_is_told_before_photographs_are_read(tiny_recipe, tmp_path):
+    (tmp_path / "runs" / "lately").mkdir(parents=True)
+    with pytest.raises(RecipeError, match="fix: did you mean .*lately") as caught:
+        run(tiny_recipe("full", "data.root=/nowhere"), resume=str(tmp_path / "runs" / "latly"))
+    assert caught.value.faults[0].id == "run.nothing_to_resume"
 
 
 def test_resume_auto_starts_where_nothing_was_kept_and_says_so(tiny_recipe, tmp_path, caplog):

@@ -18,11 +18,13 @@ from vitft import checkpoint, io, prepare, recipe, tune
 from vitft.checkpoint import Snapshot
 from vitft.console import say, warn
 from vitft.errors import MachineError, RecipeError
+from vitft.folders import no_run
 from vitft.prepare import Prepared
 
 CHECKPOINTS = "checkpoints"
 AT_ONCE = 3  # checkpoints on the disk while one is written: two kept, one under way
 TRIES = 3  # saves in a row that may fail
+ANEW = "leave out --resume to start anew; cached features are used again"
 # Keys whose change leaves the trained weights as they are; data and weights go by their hashes.
 HARMLESS = {
     "schema_version", "name", "output", "device", "data.root", "model.weights", "model.sha256",
@@ -134,7 +136,7 @@ def named(folder: Path) -> Path:
         RecipeError: `run.nothing_to_resume`: there is no such folder.
     """
     if not folder.is_dir():
-        raise _nothing(folder, "there is no such run folder")
+        raise _nothing(folder, *no_run(folder, "is no folder", ANEW))
     return folder
 
 
@@ -245,8 +247,7 @@ def how_to_go_on(folder: Path) -> str:
     return f"stopped; go on with: {shlex.join(map(str, words))}"
 
 
-def _nothing(place: Path, text: str) -> Exception:
-    fix = "leave out --resume to start anew; cached features are used again"
+def _nothing(place: Path, text: str, fix: str = ANEW) -> Exception:
     return RecipeError.of("run.nothing_to_resume", place, text, fix)
 
 

@@ -106,6 +106,8 @@ def run(
     started = time.monotonic()
     base = Path(spec.output or "runs") / spec.name
     ranks.first_does(lambda: keep.require_output(base))
+    if resume not in (None, "auto"):
+        ranks.first_does(lambda: keep.named(Path(str(resume))))
     # what is refused here leaves no folder behind
     p = prepare.prepare(spec, fallback=fallback, ranks=ranks)
     folder, goes_on = ranks.first_does(lambda: _folder(p, base, resume))
