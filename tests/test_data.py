@@ -344,6 +344,9 @@ def test_fixes_relabel_drop_and_keep_without_touching_the_folder(tiny_photos, tm
     assert index.classes[index.labels[index.paths.index("red/red_00.jpg")]] == "blue"
     assert index.ledger.relabelled == ("red/red_00.jpg",)
     assert [(d.path, d.reason) for d in index.ledger.dropped] == [("red/red_01.jpg", "fixes.csv")]
+    (told,) = [w for w in index.ledger.warnings if w.startswith("data.fixes")]
+    assert told.startswith("data.fixes relabelled 1 and dropped 1 photographs")
+    assert not any(w.startswith("data.fixes") for w in scan(tiny_photos).ledger.warnings)
     assert {c: sum(n.values()) for c, n in index.ledger.counts.items()} == {
         "blue": 21,
         "green": 20,

@@ -267,6 +267,12 @@ def _warnings(listing: Listing, photos: list[Photo], ledger: Ledger) -> Iterator
     for names in twins(listing.classes):
         yield f"classes that read alike: {', '.join(map(repr, names))}"
     yield from _count_warnings(ledger)
+    moved, left = len(ledger.relabelled), sum(d.reason == "fixes.csv" for d in ledger.dropped)
+    if moved or left:
+        yield (
+            f"data.fixes relabelled {moved:,} and dropped {left:,} photographs of whichever split: "
+            "unless a person looked at each, accuracy flatters, since a model chose them"
+        )
     yield from _set_warnings(ledger.duplicates_across, "have contradicting labels")
     yield from _set_warnings(ledger.leaks, "stand on both sides of the split")
     cut = _cut_groups(photos)
