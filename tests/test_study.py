@@ -181,8 +181,11 @@ def small(tmp_path, tiny_recipe):
 def test_a_study_runs_goes_on_and_says_what_it_found(small, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     assert study.main([str(small), "--output", str(out)]) == 0
-    said = capsys.readouterr().out
+    said, news = capsys.readouterr()
     assert "2 seeds and 9 photographs" in said
+    assert news.count("files found") == 1  # once, of the split; runs tell their result
+    assert news.count("study: test accuracy") == 8
+    assert all("epoch 1" in f.read_text() for f in (out / "runs").glob("*/2*/log.txt"))
     rows = list(csv.DictReader((out / "study.csv").read_text().splitlines()))
     assert [(r["arm"], r["share"], r["trained"], r["seed"]) for r in rows[:4]] == [
         ("none", "0.5", "21", "0"), ("2-D", "0.5", "21", "0"),

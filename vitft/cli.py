@@ -18,7 +18,6 @@ turns whatever happens inside into an exit code and a text on stderr; results al
 import errno
 import importlib
 import importlib.util
-import logging
 import os
 import platform
 import select
@@ -81,7 +80,8 @@ def door(main: Main, argv: Sequence[str] | None = None) -> int:
     if "--version" in flags:
         main = _print_versions
     if "--quiet" in flags:
-        _hush()
+        console.setup()
+        console.hush()
     debug = "--debug" in flags
     try:
         with _signals():
@@ -141,14 +141,6 @@ def _print_versions(argv: Sequence[str]) -> int:
     line = f"vitft {__version__} ({', '.join(parts)}, Python {platform.python_version()})\n"
     sys.stdout.write(line)
     return 0
-
-
-def _hush() -> None:
-    """Keeps news off the screen; a run's log file still gets it."""
-    console.setup()
-    for handler in console.logger.handlers:
-        if not isinstance(handler, logging.FileHandler):
-            handler.setLevel(logging.WARNING)
 
 
 def _tame_streams() -> None:

@@ -8,6 +8,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -92,6 +93,26 @@ def setup(level: int = logging.INFO, log_file: Path | None = None) -> None:
         handler = io.open_log(log_file)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(handler)
+
+
+def hush() -> list[tuple[logging.Handler, int]]:
+    """Keeps news, but no warning, off the screen, not off log files; returns the levels before."""
+    screens = [h for h in logger.handlers if not isinstance(h, logging.FileHandler)]
+    before = [(handler, handler.level) for handler in screens]
+    for handler in screens:
+        handler.setLevel(max(handler.level, logging.WARNING))
+    return before
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """`hush` for a while, as for the runs of a study."""
+    before = hush()
+    try:
+        yield
+    finally:
+        for handler, level in before:
+            handler.setLevel(level)
 
 
 def silence() -> None:

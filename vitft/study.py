@@ -189,12 +189,17 @@ def write_splits(base: Recipe, shares: Sequence[float], folder: Path) -> dict[fl
 
 
 def carry_out(made: Sequence[Trial]) -> list[Outcome]:
-    """Runs what has not been run, and reads everything."""
+    """Runs what has not been run, and reads everything; each run tells its warnings and a line."""
     out = []
     for k, trial in enumerate(made, 1):
         folder = _finished(trial)
         say(f"study: run {k} of {len(made)}, {trial.spec.name}" + (" is there" if folder else ""))
-        out.append(_read(trial, folder or run.run(trial.spec).folder))
+        if folder is None:
+            with console.hushed():
+                result = run.run(trial.spec)
+            folder = result.folder
+            say(f"study: {result.sentence.partition(' · ')[0]}")
+        out.append(_read(trial, folder))
     return out
 
 
