@@ -163,7 +163,9 @@ def hash_of(text: str) -> int:
 def test_D7_images_outside_class_folders_are_refused(two):
     fill(two, 3, RED, seed=50)
     says = "3 images lie outside any class folder: '000.jpg', '001.jpg', '002.jpg'"
-    refused(two, "data.image_in_root", str(two), says, fix="folder of its class")
+    refused(two, "data.image_in_root", str(two), says, fix="move each into the folder of its class")
+    fix = f"or name the folder above if this is one class: {two}"
+    refused(two / "cat", "data.image_in_root", str(two / "cat"), "lie outside", fix=fix)
 
 
 def test_D8_equal_bytes_across_the_split_are_listed_dropped_or_refused(three_sides):

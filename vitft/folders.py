@@ -351,7 +351,9 @@ def _entries(tree: _Tree, part: _Part, class_from: str) -> list[Entry]:
     loose = [p[0] for p in cut if len(p) == 1]
     deep = [p for p in cut if len(p) > 2]
     if loose:
-        tree.faults.append(_loose_fault(tree.root / part.folder, loose))
+        tree.faults.append(
+            _loose_fault(tree.root / part.folder, loose, only=len(loose) == len(cut))
+        )
     if deep and class_from == "auto":
         tree.faults.append(_nested_fault(tree.root / part.folder, cut, deep))
     return [
@@ -422,9 +424,12 @@ def _nothing_found(tree: _Tree) -> Fault:
     return Fault("data.root_empty", str(tree.root), text, fix)
 
 
-def _loose_fault(folder: Path, loose: list[str]) -> Fault:
+def _loose_fault(folder: Path, loose: list[str], *, only: bool = False) -> Fault:
     text = f"{len(loose):,} images lie outside any class folder: {_some(loose)}"
-    return Fault("data.image_in_root", str(folder), text, "move each into the folder of its class")
+    fix = "move each into the folder of its class"
+    if only:  # perhaps one class folder was named in place of the folder that holds them
+        fix += f", or name the folder above if this is one class: {folder.absolute().parent}"
+    return Fault("data.image_in_root", str(folder), text, fix)
 
 
 def _nested_fault(folder: Path, cut: list[tuple[str, ...]], deep: list[tuple[str, ...]]) -> Fault:

@@ -140,7 +140,10 @@ def _row(line: int, header: list[str], record: list[str]) -> Row | str:
     if not path.strip():
         return "path is blank"
     if pure.is_absolute() or ".." in pure.parts or "\0" in path:
-        return f"path {path!r} leads outside the folder of the table"
+        there = (
+            "write paths from that folder on, and save the table beside or above the photographs"
+        )
+        return f"path {path!r} leads outside the folder of the table; {there}"
     return Row(line, {**cells, "path": str(pure)})
 
 
