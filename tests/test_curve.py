@@ -186,6 +186,24 @@ def test_of_many_classes_those_with_the_most_mistakes_are_tried():
     assert len(fits) == 1 + 3 * 2
 
 
+def test_curve_and_gains_share_the_head_of_all_photographs():
+    sizes = []
+
+    def error(y, truth):
+        sizes.append(len(y))
+        return np.array([0.01, 0.3, 0.02, 0.2])[truth] + len(y) ** -0.5
+
+    sides, fit = (*data(200), *data(400, seed=1)), head(error)
+    known = curve.whole(*sides, fit=fit)
+    assert sizes == [200]
+    growth = curve.learning_curve(*sides, fit=fit, classes=4, known=known)
+    gains = curve.class_gains(*sides, fit=fit, classes=list("abcd"), known=known)
+    assert sizes.count(200) == 1
+    assert growth == curve.learning_curve(*sides, fit=fit, classes=4)
+    assert gains == curve.class_gains(*sides, fit=fit, classes=list("abcd"))
+    assert growth.points[-1].accuracy == pytest.approx(known.mean())
+
+
 def test_balanced_means_that_rare_classes_count_alike():
     x, _ = data(100)
     y = np.array([0] * 90 + [1] * 10)

@@ -165,6 +165,7 @@ def learning_curve(
     gain: float = 0.02,
     draws: int = DRAWS,
     seed: int = 0,
+    known: Mask | None = None,
 ) -> Curve:
     """Draws the curve and fits the law.
 
@@ -178,12 +179,13 @@ def learning_curve(
         gain: The gain in accuracy to plan for.
         draws: Draws of each part.
         seed: Of draws and redraws.
+        known: What `whole` gives for the same photographs and `fit`, to be spared that solve.
 
     Raises:
         ValueError: Lengths disagree, or a side is empty.
     """
     train, measure = _checked(x, y), _checked(x_eval, y_eval)
-    sizes, wrong = _measure(train, measure, fit, draws, seed)
+    sizes, wrong = _measure(train, measure, fit, draws, seed, known)
     errors = np.array([w.mean() for w in wrong])
     law = fit_law(sizes, errors)
     luck = _luck(wrong)
@@ -206,6 +208,15 @@ def learning_curve(
     return Curve(points, law, more, sum(len(w) for w in wrong))
 
 
+def whole(x: ArrayLike, y: ArrayLike, x_eval: ArrayLike, y_eval: ArrayLike, *, fit: Fit) -> Mask:
+    """[M] whether a head of all training photographs is right: the curve's end, the gains' start.
+
+    Arguments as in `learning_curve`.
+    """
+    train, measure = _checked(x, y), _checked(x_eval, y_eval)
+    return _right(fit, train, measure, np.ones(len(train[1]), bool))
+
+
 def class_gains(
     x: ArrayLike,
     y: ArrayLike,
@@ -217,12 +228,13 @@ def class_gains(
     draws: int = HALVINGS,
     most: int = TRIED,
     seed: int = 0,
+    known: Mask | None = None,
 ) -> tuple[ClassGain, ...]:
     """Finds out which class's photographs matter most, by leaving half of each class out.
 
     Arguments as in `learning_curve`, except for `classes`, which are names, and `most`: of more
     classes only those with the most mistakes are tried, since a class without a mistake has nothing
-    to gain. `fit` is called 1 + draws * min(C, most) times.
+    to gain. `fit` is called draws * min(C, most) times, and once more where `known` is not.
 
     Returns:
         The classes, the one that loses most first; classes of fewer than two training photographs,
@@ -230,7 +242,7 @@ def class_gains(
     """
     train, measure = _checked(x, y), _checked(x_eval, y_eval)
     labels, truth = train[1], measure[1]
-    full = _right(fit, train, measure, np.ones(len(labels), bool))  # [M]
+    full = whole(x, y, x_eval, y_eval, fit=fit) if known is None else known  # [M]
     mistakes = np.bincount(truth[~full], minlength=len(classes))
     found = []
     for c in np.argsort(-mistakes, kind="stable")[:most].tolist():
@@ -292,7 +304,7 @@ def _checked(x: ArrayLike, y: ArrayLike) -> Side:
 
 
 def _measure(
-    train: Side, measure: Side, fit: Fit, draws: int, seed: int
+    train: Side, measure: Side, fit: Fit, draws: int, seed: int, known: Mask | None
 ) -> tuple[Ints, list[Mask]]:
     """[S] sizes, and for each of them [K, M] whether a draw's head is wrong."""
     ranks = [_ranks(train[1], seed + k) for k in range(draws)]
@@ -303,7 +315,10 @@ def _measure(
         if sizes and used[0].sum() == sizes[-1]:
             continue  # so few photographs that two parts are the same
         sizes.append(int(used[0].sum()))
-        wrong.append(np.stack([~_right(fit, train, measure, use) for use in used]))
+        if part == 1 and known is not None:
+            wrong.append(~known[None])
+        else:
+            wrong.append(np.stack([~_right(fit, train, measure, use) for use in used]))
     return np.asarray(sizes), wrong
 
 

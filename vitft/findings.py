@@ -325,8 +325,9 @@ def _growth(
         return None, ()
     sides = (x[train], y[train], x[val], y[val])
     fit, seed = head_fit(p, learned, steps=CURVE_STEPS), p.recipe.seed
-    growth = curve.learning_curve(*sides, fit=fit, classes=len(counts), seed=seed)
-    gains = curve.class_gains(*sides, fit=fit, classes=p.index.classes, seed=seed)
+    known = curve.whole(*sides, fit=fit)
+    growth = curve.learning_curve(*sides, fit=fit, classes=len(counts), seed=seed, known=known)
+    gains = curve.class_gains(*sides, fit=fit, classes=p.index.classes, seed=seed, known=known)
     return growth, tuple(sorted(gains, key=lambda g: -g.loss))
 
 
