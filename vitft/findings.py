@@ -9,6 +9,7 @@ them are left out and said to be.
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,8 @@ SAME = (
     "that are scored chose it; set data.test to see"
 )
 
+Linked = Callable[[], audit.Links]  # copies among all photographs, looked for when first asked
+
 
 @dataclass(frozen=True)
 class Findings:
@@ -53,7 +56,7 @@ class Findings:
         foreign: What ordinary photographs look like, for predict.
         alarms: Scored photographs that it calls foreign.
         nearest: [n, 3] rows of the index: the train photographs closest to each scored one.
-        links: Copies and near-copies among all photographs.
+        links: Copies and near-copies among all photographs, where the report tells of them.
         honest: Accuracy with and without linked photographs.
         doubted: Labels that look wrong, over all photographs.
         clean: Accuracy without the scored photographs whose label is doubted.
@@ -136,8 +139,9 @@ def find(p: Prepared, learned: Learned, predictions: Predictions, val: Predictio
     known = val_is_known(p, learned)
     left_out = [UNSURE] if known else []
     x = clock("features", lambda: all_features(p, learned, left_out))
-    links = clock("leaks", lambda: _copies(p, x))
-    fitted = clock("temperature", lambda: _temperature(p, learned, val, x, links, left_out))
+    linked = cache(lambda: clock("leaks", lambda: copies(p, x)))  # for whoever asks first
+    links = linked() if spec.audit else None
+    fitted = clock("temperature", lambda: _temperature(p, learned, val, x, linked, left_out))
     t = fitted.value if fitted else 1.0
     before = clock("calibration", lambda: _calibration(p, predictions, 1.0))
     after = clock("calibration", lambda: _calibration(p, predictions, t)) if fitted else None
@@ -146,7 +150,7 @@ def find(p: Prepared, learned: Learned, predictions: Predictions, val: Predictio
         "abstaining", lambda: {e: _offer(predictions, val, t, e, known) for e in targets}
     )
     chosen = offers.pop(spec.max_error) if spec.max_error else (None, None)
-    doubted = clock("suspects", lambda: _suspects(p, learned, x, links, left_out))
+    doubted = clock("suspects", lambda: _suspects(p, learned, x, linked, left_out))
     growth, gains = clock("learning curve", lambda: _growth(p, learned, x, left_out))
     right = predictions.logits.argmax(axis=1) == predictions.labels
     band = clock("seed band", lambda: _band(p, learned))
@@ -178,15 +182,17 @@ def find(p: Prepared, learned: Learned, predictions: Predictions, val: Predictio
 
 
 class _Clock:
-    """Calls a part and keeps what it cost."""
+    """Calls a part and keeps what it cost, less what a part within it cost."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     def __call__(self, name: str, part: Callable[[], Any]) -> Any:
-        started = time.monotonic()
+        started, told = time.monotonic(), sum(self.seconds.values())
         out = part()
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
+        within = sum(self.seconds.values()) - told
+        took = time.monotonic() - started - within
+        self.seconds[name] = self.seconds.get(name, 0.0) + took
         return out
 
 
@@ -213,14 +219,13 @@ def _temperature(
     learned: Learned,
     val: Predictions,
     x: NDArray[np.float32] | None,
-    links: audit.Links | None,
+    linked: Linked,
     left_out: list[str],
 ) -> trust.Temperature | None:
     """Copies stay in one fold, or they would vouch for each other."""
     if not p.recipe.trust.calibrate:
         return None
-    groups = p.index.sha256 if links is None else links.group.tolist()
-    unseen = held_out(p, learned, val, x, groups)
+    unseen = held_out(p, learned, val, x, lambda: linked().group)
     if unseen.logits is val.logits and p.test_split == "val":
         left_out.append(SAME)
     found = trust.fit_temperature(unseen.logits, unseen.labels, unseen.on)
@@ -258,10 +263,6 @@ def all_features(p: Prepared, learned: Learned, left_out: list[str]) -> NDArray[
     return x
 
 
-def _copies(p: Prepared, x: NDArray[np.float32] | None) -> audit.Links | None:
-    return copies(p, x) if p.recipe.trust.audit else None
-
-
 def copies(p: Prepared, x: NDArray[np.float32] | None) -> audit.Links:
     """Copies and near-copies among all photographs."""
     files = [p.index.file(i) for i in range(len(p.index.paths))]
@@ -286,9 +287,10 @@ def _suspects(
     p: Prepared,
     learned: Learned,
     x: NDArray[np.float32] | None,
-    links: audit.Links | None,
+    linked: Linked,
     left_out: list[str],
 ) -> suspects.Suspects | None:
+    """Copies stay in one fold here as well, whether the report tells of them or not."""
     if x is None or not p.recipe.trust.suspects:
         return None
     counts = np.bincount(p.index.labels, minlength=len(p.index.classes))
@@ -303,7 +305,7 @@ def _suspects(
         p.index.labels,
         fit=head_fit(p, learned),
         classes=len(p.index.classes),
-        groups=None if links is None else list(links.group),
+        groups=linked().group,
         seed=p.recipe.seed,
     )
 

@@ -42,6 +42,7 @@ UNSEEN = "each judged by a head that never saw it"
 
 Floats = NDArray[np.float64]
 Fit = Callable[[Rows, Ints, Rows], Floats]
+Groups = Callable[[], Ints]
 Judge = Callable[[Ints, Ints], NDArray[np.floating]]  # rows to learn, rows to judge -> logits
 
 
@@ -119,7 +120,7 @@ def held_out(
     learned: Learned,
     val: Predictions,
     x: Rows | None,
-    groups: Sequence[object],
+    groups: Groups,
 ) -> HeldOut:
     """What a temperature can be fitted on.
 
@@ -136,7 +137,8 @@ def held_out(
         learned: What is judged.
         val: Its answers on val.
         x: [N, D] plain features of all photographs; None where the backbone was trained.
-        groups: [N] names; photographs of one group are never on both sides of a fold.
+        groups: Gives [N] codes; photographs of one group are never on both sides of a fold. Asked
+            only where there are folds.
     """
     plain = HeldOut(val.logits, val.labels, "photographs of val")
     enough = len(val.labels) >= ENOUGH and p.test_split != "val"  # what is scored stays out
@@ -183,17 +185,14 @@ def _judge_of_views(p: Prepared, learned: Learned, views: Features, x: Rows) -> 
     return judge
 
 
-def _folded(
-    p: Prepared, splits: Sequence[str], groups: Sequence[object], judge: Judge
-) -> HeldOut | None:
+def _folded(p: Prepared, splits: Sequence[str], groups: Groups, judge: Judge) -> HeldOut | None:
     """Every photograph judged without its fold; None where a fold leaves one class or none.
 
     A class that a fold holds alone is left out there: no head can know it.
     """
     rows = np.concatenate([p.index.rows(split) for split in splits])
     y = p.index.labels[rows]
-    names = np.unique(np.asarray(groups)[rows], return_inverse=True)[1]
-    fold = suspects.split(y, names, folds=FOLDS, seed=p.recipe.seed)
+    fold = suspects.split(y, groups()[rows], folds=FOLDS, seed=p.recipe.seed)
     logits = np.empty((len(rows), len(p.index.classes)))
     known = np.zeros(len(rows), bool)
     for k in np.unique(fold):

@@ -459,7 +459,10 @@ class TrustSpec(Section):
     learning_curve: Flag = Field(
         default=True, description="Estimate the gain from more photographs."
     )
-    audit: Flag = Field(default=True, description="Search for near-duplicates across splits.")
+    audit: Flag = Field(
+        default=True,
+        description="Tell of near-duplicates across splits; folds keep them together in any case.",
+    )
     max_error: SomeShare | None = Field(
         default=None, description="Error allowed on accepted photographs; below: `I don't know`."
     )

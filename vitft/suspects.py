@@ -90,7 +90,7 @@ def find(
     *,
     fit: Fit,
     classes: int,
-    groups: Sequence[object] | None = None,
+    groups: ArrayLike | None = None,
     folds: int = FOLDS,
     seed: int = 0,
     chance: float = CHANCE,
