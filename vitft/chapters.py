@@ -67,7 +67,9 @@ def figures(found: Findings) -> tuple[tuple[str, str, str], ...]:
     """(name, value, meaning) that stand beside the accuracy."""
     shown = found.after or found.before
     value = f"{100 * shown.ece:.1f} points {shown.ece_interval.percent()}"
-    return (("Calibration error", value, "said probability against share right"),)
+    meaning = "said probability against share right; perfect ones would show "
+    meaning += f"{100 * shown.ece_floor:.1f} on as many photographs"
+    return (("Calibration error", value, meaning),)
 
 
 def notes(found: Findings) -> tuple[str, ...]:
