@@ -584,3 +584,92 @@ def test_a_file_that_another_process_removed_first_is_gone_as_wished(tmp_path, m
     monkeypatch.setattr(io.CALLS, "unlink", lost)
     io.remove(path)
     assert not path.exists()
+
+
+def test_a_folder_is_locked_before_it_has_its_name(tmp_path, monkeypatch):
+    seen, replace = [], io.CALLS.replace
+
+    def watched(source, target):
+        with pytest.raises(BusyError, match="env.busy"):
+            io.require_free(Path(source))
+        seen.append(Path(target).name)
+        replace(source, target)
+
+    monkeypatch.setattr(io.CALLS, "replace", watched)
+    (tmp_path / "a").mkdir()
+    with io.locked_dir([tmp_path / "a", tmp_path / "b"], "train") as folder:
+        assert folder == tmp_path / "b"
+        with pytest.raises(BusyError, match="purpose train"):
+            io.require_free(folder)
+    assert seen == ["b"]
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["a", "b"]
+
+
+def test_a_name_taken_between_two_lines_is_passed_over(tmp_path, monkeypatch):
+    replace = io.CALLS.replace
+
+    def beaten(source, target):
+        if Path(target).name == "a":
+            (tmp_path / "a").mkdir()
+            (tmp_path / "a" / "run.lock").touch()
+        replace(source, target)
+
+    monkeypatch.setattr(io.CALLS, "replace", beaten)
+    with io.locked_dir([tmp_path / "a", tmp_path / "b"], "train") as folder:
+        assert folder.name == "b"
+    with pytest.raises(MachineError, match="File exists"), io.locked_dir([folder], "train"):
+        pass
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_a_half_made_folder_of_a_killed_process_goes(tmp_path):
+    dead = tmp_path / ".a.0123abcd.tmp"
+    dead.mkdir()
+    os.utime(dead, (0, 0))
+    with io.locked_dir([tmp_path / "b"], "train"):
+        assert not dead.exists()
+
+
+RACER = """
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from vitft import io
+base = Path(sys.argv[1])
+print("ready", flush=True)
+sys.stdin.readline()
+with ExitStack() as held:
+    for k in range(40):
+        names = [base / str(k), base / f"{k}-2"]
+        print(held.enter_context(io.locked_dir(names, "race")).name, flush=True)
+    print("done", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_two_processes_get_two_folders_and_none_is_ever_seen_unlocked(tmp_path):
+    pipe, seen = subprocess.PIPE, set()
+    command = [sys.executable, "-c", RACER, str(tmp_path)]
+    racers = [subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) for _ in range(2)]
+    try:
+        assert [racer.stdout.readline() for racer in racers] == ["ready\n"] * 2
+        for racer in racers:
+            racer.stdin.write("go\n")
+            racer.stdin.flush()
+        deadline = time.monotonic() + 60
+        while len(seen) < 80:
+            assert time.monotonic() < deadline
+            new = {p.name for p in tmp_path.iterdir() if not p.name.startswith(".")} - seen
+            for name in new:
+                with pytest.raises(BusyError, match="env.busy"):
+                    io.require_free(tmp_path / name)
+            seen |= new
+        told = [racer.communicate("end\n", timeout=60)[0].split() for racer in racers]
+    finally:
+        for racer in racers:
+            racer.kill()
+            racer.wait()
+    assert [names.pop() for names in told] == ["done", "done"]
+    assert set(told[0]) | set(told[1]) == seen
+    assert not set(told[0]) & set(told[1])
+    assert {p.name for p in tmp_path.rglob("*")} == seen  # no lock and no half-made folder stays

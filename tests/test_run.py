@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -277,6 +279,24 @@ def test_resume_auto_does_not_start_beside_a_run_under_way(tiny_recipe, tmp_path
         assert [f.name for f in young.parent.iterdir()] == [young.name]
     (young / io.LOCK).write_text('{"pid": 1, "host": "elsewhere"}')  # of one that was killed
     assert run(tiny_recipe("full"), resume="auto").folder != young
+
+
+def test_two_runs_of_one_second_get_two_folders_locked_from_the_start(
+    tiny_recipe, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(time, "strftime", lambda *_: "20200101-000000")
+    base, (spec, locked) = tmp_path / "runs" / "tiny_full", (tiny_recipe("full"), [])
+    replace = io.CALLS.replace
+
+    def watched(source, target):
+        if Path(target).parent == base and source.is_dir() and not source.is_symlink():
+            locked.append((source / io.LOCK).is_file())
+        replace(source, target)
+
+    monkeypatch.setattr(io.CALLS, "replace", watched)
+    with io.locked_dir([base / "20200101-000000"], "another"):
+        assert run(spec).folder == base / "20200101-000000-2"
+    assert locked == [True, True]
 
 
 def test_resume_auto_does_not_start_anew_over_damaged_checkpoints(tiny_recipe, tmp_path):

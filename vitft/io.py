@@ -8,7 +8,8 @@ between (kill, power cut, full disk), a reader meets the old one or the new one,
     logs       append_line  read_lines  trim_lines  open_log   appending  read_json
     folders    staged_dir  verify_dir  newest_whole  keep_newest  make_dir  scratch_dir
     names      remove  move  move_aside  link_latest  sweep
-    machine    lock  require_space  require_writable  require_outside  lies_in  cache_dir
+    machine    lock  locked_dir  require_free  require_space  require_writable  require_outside
+               lies_in  cache_dir
 
 Temporary names are `.<name>.<8 hex digits>.tmp`, hidden from every pattern that does not start with
 a dot, and locked by their writer, so that `sweep` can tell a dead one from a live one.
@@ -701,13 +702,70 @@ def lock(folder: Path, purpose: str, *, patience: float = 10.0) -> Iterator[None
     path = folder / LOCK
     with _acquire(path, time.monotonic() + patience) as file:
         try:
-            with _explained(path):
-                CALLS.truncate(path, 0)
-                _write(file, encode.json_text(_holder() | {"purpose": purpose}).encode())
+            _sign(file, path, purpose)
             sweep(folder, older_than=0.0)
             yield
         finally:
             _discard(path)  # still held, so nobody else's lock can be meant
+
+
+@contextmanager
+def locked_dir(names: Iterable[Path], purpose: str) -> Iterator[Path]:
+    """Makes a folder under the first free name and holds it as `lock` does.
+
+    It is made and locked under a temporary name and renamed, so that nobody ever meets it without
+    its lock, and two processes that ask for the same names get two folders.
+
+    Args:
+        names: To be tried, of one parent.
+        purpose: As for `lock`.
+
+    Raises:
+        MachineError: `env.write_failed`, also when no name is free.
+    """
+    left = list(names)
+    make_dir(left[0].parent)
+    for path in left[0].parent.iterdir():  # what a process left that was killed in between
+        if TEMP.fullmatch(path.name) and _is_dead(path, 60.0):
+            _bury(path)
+    temp = _temp(left[0])
+    with ExitStack() as stack, _discarding(temp):
+        with _explained(left[0]):
+            CALLS.mkdir(temp)
+            stack.callback(_hold_folder(temp))
+        file = stack.enter_context(_acquire(temp / LOCK, time.monotonic()))
+        _sign(file, temp / LOCK, purpose)
+        if fcntl is None:
+            file.close()  # Windows renames no folder with an open file; there the name is the lock
+        with _explained(left[0]):
+            folder = next((name for name in left if _took(temp, name)), None)
+            if folder is None:
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+            _sync_folder(folder.parent)
+        try:
+            yield folder
+        finally:
+            _discard(folder / LOCK)
+
+
+def _sign(file: IO[bytes], path: Path, purpose: str) -> None:
+    """Says in the lock file who holds it."""
+    with _explained(path):
+        CALLS.truncate(path, 0)
+        _write(file, encode.json_text(_holder() | {"purpose": purpose}).encode())
+
+
+def _took(temp: Path, name: Path) -> bool:
+    """Renames a folder that is not empty, unless the name is taken."""
+    if os.path.lexists(name):
+        return False
+    try:
+        CALLS.replace(temp, name)
+    except OSError:
+        if os.path.lexists(name):  # a faster process took it, between the two lines
+            return False
+        raise
+    return True
 
 
 def require_free(folder: Path) -> None:

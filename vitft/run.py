@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -110,24 +110,29 @@ def run(
         ranks.first_does(lambda: keep.named(Path(str(resume))))
     # what is refused here leaves no folder behind
     p = prepare.prepare(spec, fallback=fallback, ranks=ranks)
-    folder, goes_on = ranks.first_does(lambda: _folder(p, base, resume))
-    with _owned(folder, spec, ranks), ranks.together():
+    with ExitStack() as held:
+        owned = _owned(p, base, resume)
+        folder, goes_on = ranks.first_does(lambda: held.enter_context(owned))
+        held.enter_context(ranks.together())
         snapshot = keep.open_newest(p, folder, anyway=resume_anyway) if goes_on else None
         return _run(p, spec, folder, snapshot, started)
 
 
 @contextmanager
-def _owned(folder: Path, spec: Recipe, ranks: Ranks) -> Iterator[None]:
-    """The folder is locked, and its log open, by the rank that writes."""
-    if not ranks.first:
-        yield
-        return
-    with io.lock(folder, f"vitft run {spec.name}"):
+def _owned(p: Prepared, base: Path, resume: str | None) -> Iterator[tuple[Path, bool]]:
+    """The run's folder, and whether it goes on there; locked, and its log open."""
+    goes_on, purpose = _unfinished(p, base, resume), f"vitft run {p.recipe.name}"
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    names = [base / stamp, *(base / f"{stamp}-{k}" for k in range(2, 100))]
+    with ExitStack() as held:
+        if goes_on is None:
+            folder = held.enter_context(io.locked_dir(names, purpose))
+        else:
+            held.enter_context(io.lock(goes_on, purpose))
+            folder = goes_on
         console.setup(log_file=folder / "log.txt")
-        try:
-            yield
-        finally:
-            console.close_log()
+        held.callback(console.close_log)
+        yield folder, goes_on is not None
 
 
 def _run(
@@ -162,8 +167,8 @@ def _run(
 # -- the folder -----------------------------------------------------------------------------------
 
 
-def _folder(p: Prepared, base: Path, resume: str | None) -> tuple[Path, bool]:
-    """The run's folder, and whether it holds what the run goes on from."""
+def _unfinished(p: Prepared, base: Path, resume: str | None) -> Path | None:
+    """The folder that the run goes on in; None for a new one."""
     root = offline.data_root(p.recipe.data.root)  # a CSV only names files, and owns no folder
     if root.is_dir() and io.lies_in(base, root):
         text = f"the run would be written below the data, {root}"
@@ -171,18 +176,14 @@ def _folder(p: Prepared, base: Path, resume: str | None) -> tuple[Path, bool]:
         raise RecipeError.of("run.below_data", base, text, fix)
     keep.require_room(p, base)
     if resume is not None and resume != "auto":
-        return keep.named(Path(resume)), True
+        return keep.named(Path(resume))
     if resume == "auto":
         found = keep.find(p, base)
         if found is not None:
             say(f"--resume auto: going on in {found}")
-            return found, True
+            return found
         say(f"--resume auto: nothing to go on from in {base} yet, so this is a new run")
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    names = [stamp, *(f"{stamp}-{k}" for k in range(2, 100))]
-    folder = next(base / name for name in names if not (base / name).exists())
-    io.make_dir(folder)
-    return folder, False
+    return None
 
 
 def _write_inputs(p: Prepared, spec: Recipe, folder: Path) -> None:
