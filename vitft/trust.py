@@ -24,6 +24,7 @@ from vitft.stats import (
 )
 
 COLDEST, HOTTEST = 0.005, 20.0  # a free search on separable data runs to 0, or past it
+PRIOR = 0.5  # deviation of the log of a temperature before any image is seen: a factor of 1.6
 RULED_OUT = 3.841  # chi squared of one degree of freedom, at 95 %
 BINS = 15
 
@@ -136,10 +137,13 @@ def fit_temperature(
 ) -> Temperature:
     """Finds the temperature under which the labels are most likely.
 
-    The search is bounded and the targets are Platt's: the label gets (N + 1) / (N + 2), the other
-    classes share the rest. Without that, images that are all right ask for a temperature of 0, and
-    every later answer would claim 100 %. It is kept where it cannot be told from 1: over 20 splits
-    of 250 photographs of flowers, going back to 1 then cost 0.006 nats of log loss on others.
+    A few images say little, so they have to speak against 1: the log of the temperature has a
+    normal prior of mean 0 and deviation `PRIOR`, which fades beside many. Without it, images that
+    are all right ask for a temperature of 0, and every later answer would claim 100 %. Platt's
+    smoothed targets, the usual remedy, pull upwards instead: on 50 images of a head whose
+    probabilities are right and that is right nine times in ten they found 1.66 (median; 0.034
+    nats lost on others), the prior 0.95 (0.007). The value is kept where it cannot be told from 1:
+    going back to 1 then cost 0.036 nats on flowers. The search is bounded.
 
     Args:
         logits: [N, C], finite; the head must not have learned from these images.
@@ -152,19 +156,18 @@ def fit_temperature(
     Raises:
         ValueError: A logit is not finite, or the lengths disagree.
 
-    Source: C. Guo et al., On calibration of modern neural networks, 2017; J. Platt 1999 (targets).
+    Source: C. Guo et al., On calibration of modern neural networks, 2017; J. Platt 1999 (smoothed
+        targets). The prior is ours.
     """
     scores, y = checked(logits, labels)
     n, classes = scores.shape
     if n == 0 or classes < 2:
         return Temperature(1.0, n, 0.0, 0.0, Interval(COLDEST, HOTTEST), on)
-    rest = 1 / (n + 2)
 
     def loss(log_temperature: float) -> float:
-        log_p = np.maximum(log_softmax(scores, float(np.exp(log_temperature))), NO_CHANCE)
-        hit = log_p[np.arange(n), y]
-        others = (log_p.sum(axis=1) - hit) / (classes - 1)
-        return float(-((1 - rest) * hit + rest * others).mean())
+        log_p = log_softmax(scores, exp(log_temperature))[np.arange(n), y]
+        prior = (log_temperature / PRIOR) ** 2 / 2
+        return prior - float(np.maximum(log_p, NO_CHANCE).sum())
 
     from scipy.optimize import minimize_scalar
 
@@ -179,9 +182,9 @@ def _spread(logits: Floats, labels: Ints, value: float) -> Interval:
 
     Two ways to err are joined. The sandwich of slopes and curvature of the log loss along the log
     of the temperature holds whether or not a temperature can make the probabilities right
-    (P. Huber, 1967). Where nearly all images are right there is next to no slope, and Platt's
-    targets, not the images, hold the value: there the likelihood ratio (S. Wilks, 1938) tells how
-    little is known, since each temperature below fits as well.
+    (P. Huber, 1967). Where nearly all images are right there is next to no slope, and the prior,
+    not the images, holds the value: there the likelihood ratio (S. Wilks, 1938) tells how little is
+    known, since each temperature below fits as well.
     """
     scaled, p = logits / value, np.exp(log_softmax(logits, value))
     mean = (p * scaled).sum(axis=1)  # [N]
