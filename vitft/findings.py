@@ -409,7 +409,7 @@ def _intervals(
     losses = -np.log(
         np.maximum(
             predictions.probabilities(temperature)[np.arange(len(guess)), predictions.labels],
-            np.finfo(np.float64).tiny,
+            stats.FLOOR,  # of the value told beside it
         )
     )
     return {

@@ -20,6 +20,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+FLOOR = float(np.finfo(np.float64).eps)  # of probabilities in a log loss, as in scikit-learn's
 LEVEL = 0.95
 POWER = 0.8  # chance of seeing a true difference that `needed_n` plans for
 BLOCK = 2_000_000  # drawn row numbers held at once: 16 MB, whatever N and R are

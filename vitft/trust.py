@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from vitft.stats import (
+    FLOOR,
     NO_CHANCE,
     Interval,
     bootstrap,
@@ -264,7 +265,7 @@ def calibration(
     p, y = checked(probs, labels)
     n = len(p)
     squares = ((p - np.eye(p.shape[1])[y]) ** 2).sum(axis=1)  # [N]
-    losses = -np.log(np.maximum(p[np.arange(n), y], np.finfo(np.float64).tiny))
+    losses = -np.log(np.maximum(p[np.arange(n), y], FLOOR))
     value = ece(p, y, bins)
     interval, floor = _ece_interval(p, y, value, bins=bins, count=count, seed=seed, level=level)
     return Calibration(
