@@ -251,6 +251,13 @@ CONFLICTS = [
         "train.class_weights: balanced",
         "twice",
     ),
+    ("mode: probe\ntrain: {sampling: balanced}", "train.sampling", "mode: probe", "alike"),
+    (
+        "mode: probe\ntrain: {class_weights: balanced}",
+        "train.class_weights",
+        "mode: probe",
+        "alike",
+    ),
     ("mode: ladder\ntrain: {patch_drop: 0.5}", "train.patch_drop", "mode: ladder", "frozen"),
     ("train: {mixup: 0.2}", "train.mixup: 0.2", "head.views: 1", "cached features"),
     ("head: {views: 1}\ntrain: {reprob: 0.2}", "train.reprob: 0.2", "head.views: 1", "plain"),

@@ -525,7 +525,14 @@ Clash = tuple[str, str, str, str]  # key, other key, why, fix
 
 def _conflicts(r: Recipe) -> Iterator[Fault]:
     """Only what cannot be: an option that would be ignored in silence, or chosen from nothing."""
-    for a, b, why, fix in (*_frozen(r), *_views(r), *_tail(r), *_splits(r), *_others(r)):
+    for a, b, why, fix in (
+        *_frozen(r),
+        *_views(r),
+        *_tail(r),
+        *_splits(r),
+        *_balance(r),
+        *_others(r),
+    ):
         text = f"{_told(r, a)} cannot go with {_told(r, b)}: {why}"
         yield Fault("recipe.conflict", r.place(a), text, fix)
 
@@ -615,11 +622,20 @@ def _splits(r: Recipe) -> Iterator[Clash]:
                 yield key, "data.val", "it chooses on validation photographs", "set data.val: 0.15"
 
 
-def _others(r: Recipe) -> Iterator[Clash]:
-    t, options, size = r.train, r.model.options, r.data.image_size
+def _balance(r: Recipe) -> Iterator[Clash]:
+    """Rare classes made to count more, twice over or where nothing listens."""
+    t = r.train
     if t.sampling == t.class_weights == "balanced":
         why = "rare classes would count twice over"
         yield "train.sampling", "train.class_weights", why, "keep one of the two"
+    for key, value in (("sampling", t.sampling), ("class_weights", t.class_weights)):
+        if r.mode == "probe" and value == "balanced":
+            fix = f"set mode: head, or remove train.{key}"
+            yield f"train.{key}", "mode", "a solved head counts every photograph alike", fix
+
+
+def _others(r: Recipe) -> Iterator[Clash]:
+    t, options, size = r.train, r.model.options, r.data.image_size
     if t.warmup_epochs > t.epochs:
         fix = "let the warm-up be shorter than the run"
         yield "train.warmup_epochs", "train.epochs", "the peak rate would never come", fix
