@@ -8,6 +8,7 @@ import random
 import re
 import signal
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -525,6 +526,45 @@ def test_cuda_gives_the_batches_of_the_cpu(files):
             assert torch.allclose(y.cpu(), y0)
             assert torch.equal(rows.cpu(), rows0)
         loaded.close()
+
+
+class Sent:
+    """A tensor of which only its way to the device is known."""
+
+    def __init__(self, name, log):
+        self.name, self.log = name, log
+
+    def to(self, device, non_blocking):
+        assert non_blocking
+        self.log.append(f"copy {self.name}")
+        return self
+
+    def record_stream(self, stream):
+        self.log.append(f"{self.name} until {stream.name}")
+
+
+def test_a_step_on_cuda_waits_for_the_copy_of_its_own_batch_alone(files, monkeypatch):
+    """The next one is on its way by then; torch's streams are played here."""
+    log = []
+    side = SimpleNamespace(record_event=lambda: log.append("event") or len(log))
+    main = SimpleNamespace(name="main", wait_event=lambda event: log.append(f"wait {event}"))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    loader = batches(photos(files))
+    loader._side = side
+    for k, (_, _, rows) in enumerate(
+        loader._ahead((Sent(f"x{k}", log), Sent(f"y{k}", log), k) for k in range(3))
+    ):
+        assert rows == k
+        log.append(f"step {k}")
+    first, second, third = (k + 1 for k, what in enumerate(log) if what == "event")
+    assert log == [
+        *("copy x0", "copy y0", "event", "copy x1", "copy y1", "event"),
+        *(f"wait {first}", "x0 until main", "y0 until main", "step 0"),
+        *("copy x2", "copy y2", "event"),
+        *(f"wait {second}", "x1 until main", "y1 until main", "step 1"),
+        *(f"wait {third}", "x2 until main", "y2 until main", "step 2"),
+    ]
 
 
 def test_a_photograph_shown_twice_in_an_epoch_is_shown_in_two_views(files):

@@ -96,13 +96,17 @@ class Kept:
     shape: tuple[int, int]
     views: int
 
-    def tokens(self, rows: Sequence[int], views: Sequence[int]) -> Tensor:
-        """[B, T, D] float32 of some rows, each in its view."""
-        if not len(rows):
-            return torch.empty(0, *self.shape)
-        keys = [make_key(self.photos.sha256[r], v) for r, v in zip(rows, views, strict=True)]
-        found = np.stack([self.space.get(key) for key in keys])
-        return torch.from_numpy(found).view(len(rows), *self.shape)
+    def tokens(self, rows: Sequence[int], views: Sequence[int], device: torch.device) -> Tensor:
+        """[B, T, D] float32 of some rows, each in its view; on its way to the device.
+
+        For CUDA the rows are gathered in memory that it reads without waiting. torch hands that out
+        again when the copy is done, so that after the first steps nothing is allocated.
+        """
+        here = torch.empty(len(rows), *self.shape, pin_memory=device.type == "cuda")
+        places = here.flatten(1).numpy()
+        for place, row, view in zip(places, rows, views, strict=True):
+            place[:] = self.space.get(make_key(self.photos.sha256[row], view))
+        return here.to(device, non_blocking=True)
 
 
 class Tokens(Views):
@@ -129,9 +133,8 @@ class Tokens(Views):
 
     def take(self, views: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """[B, T, D] and [B] of some rows, each in its view."""
-        tokens = self.kept.tokens(rows.tolist(), views.tolist())
-        labels = torch.as_tensor(self.labels)[rows]
-        return features.sent(tokens, self.device), features.sent(labels, self.device)
+        tokens = self.kept.tokens(rows.tolist(), views.tolist(), self.device)
+        return tokens, features.sent(torch.as_tensor(self.labels)[rows], self.device)
 
 
 def keep(p: Prepared, split: str, *, views: int) -> Kept:
@@ -231,6 +234,6 @@ def predict(
     parts = []
     for start in range(0, len(wanted), fixed_batch(device)):
         some = wanted[start : start + fixed_batch(device)].tolist()
-        tokens = kept.tokens(some, [0] * len(some)).to(device)
+        tokens = kept.tokens(some, [0] * len(some), device)
         parts.append(in_fixed_shape(net, tokens).float().cpu())
     return Predictions(torch.cat(parts).numpy(), kept.photos.labels[wanted])

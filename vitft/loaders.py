@@ -143,15 +143,16 @@ class Batches:
             for batch in batches:
                 yield _moved(batch, self.device)
             return
-        waiting: Batch | None = None
+        waiting: tuple[Batch, torch.cuda.Event] | None = None
         for batch in batches:
             with torch.cuda.stream(side):
                 moved = _moved(batch, self.device)
+            copied = side.record_event()
             if waiting is not None:
-                yield _handed_over(waiting, side, self.device)
-            waiting = moved
+                yield _handed_over(*waiting, self.device)
+            waiting = moved, copied
         if waiting is not None:
-            yield _handed_over(waiting, side, self.device)
+            yield _handed_over(*waiting, self.device)
 
     def _finish(self, x: Tensor, y: Tensor, rows: Tensor, epoch: int, step: int) -> Batch:
         """Normalises as timm does, erases, mixes."""
@@ -193,10 +194,10 @@ def _moved(batch: Batch, device: torch.device) -> Batch:
     return x.to(device, non_blocking=True), y.to(device, non_blocking=True), rows
 
 
-def _handed_over(batch: Batch, side: torch.cuda.Stream, device: torch.device) -> Batch:
-    """Makes the consumer's stream wait for the copy, and the memory wait for the consumer."""
+def _handed_over(batch: Batch, copied: torch.cuda.Event, device: torch.device) -> Batch:
+    """Makes the consumer's stream wait for this copy alone, and the memory for the consumer."""
     current = torch.cuda.current_stream(device)
-    current.wait_stream(side)
+    current.wait_event(copied)
     for part in batch[:2]:
         part.record_stream(current)
     return batch
