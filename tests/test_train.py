@@ -14,7 +14,7 @@ from vitft.errors import DivergedError, MachineError, RecipeError, WeightsError
 from vitft.inputs import permutation
 from vitft.ranks import Ranks
 from vitft.recipe import TrainSpec
-from vitft.regime import set_train_mode
+from vitft.regime import compiles, fast_convolutions, precision, set_train_mode
 from vitft.train import Stopped, Trainer
 
 N, WIDTH, CLASSES, SIZE = 22, 6, 3, 4
@@ -365,6 +365,50 @@ def test_no_forward_exchanges_buffers_since_ranks_may_make_unequally_many(monkey
     assert said["broadcast_buffers"] is False
 
 
+@pytest.mark.parametrize(
+    ("cost", "minutes", "kept"),
+    [
+        (0.9, 5, [1, 2, 3, 4, 5, 6, 7, 8]),  # so short that nobody waits for it
+        (2.0, 5, [1, 6, 8]),  # an epoch takes ten seconds
+        (2.0, 0.4, [1, 4, 7, 8]),
+        (60.0, 5, [1, 8]),
+    ],
+)
+def test_checkpoints_take_a_twentieth_of_the_time_at_most(monkeypatch, cost, minutes, kept):
+    """On a GPU an epoch of few photographs takes a second, and writing a ViT-B longer."""
+    clock, saved = [0.0], []
+    monkeypatch.setattr("vitft.train.time.monotonic", lambda: clock[0])
+
+    def save(snapshot):
+        clock[0] += cost
+        saved.append(snapshot.epoch)
+
+    t = trainer(network(), save=save, spec={"epochs": 8, "checkpoint_minutes": minutes})
+    scored = t.validate
+
+    def validate(net):
+        clock[0] += 5.0  # for each of the plain and the average weights
+        return scored(net)
+
+    t.validate = validate
+    t.fit()
+    assert saved == kept
+
+
+def test_an_epoch_that_patience_ends_is_kept(monkeypatch):
+    clock, saved = [0.0], []
+    monkeypatch.setattr("vitft.train.time.monotonic", lambda: clock[0])
+
+    def save(snapshot):
+        clock[0] += 60
+        saved.append(snapshot.epoch)
+
+    t = trainer(network(), save=save, spec={"epochs": 9, "patience": 2})
+    t.validate = lambda net: (0.5, 1.0)
+    t.fit()
+    assert saved == [1, 3]
+
+
 def test_a_checkpoint_of_another_run_is_refused_with_the_difference(tmp_path):
     saved = []
 
@@ -459,13 +503,79 @@ def test_on_cuda_torch_itself_sees_no_step_that_waits():
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("amp", ["bf16", "none"])
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": torch.float32}
+
+
+@pytest.mark.parametrize("amp", HALF)
 def test_half_precision_is_what_the_layers_compute_in(amp):
     seen, net = set(), network()
     net[0].register_forward_hook(lambda module, args, out: seen.add((module.training, out.dtype)))
-    trainer(net, spec={"amp": amp}).fit()
-    assert (True, torch.bfloat16 if amp == "bf16" else torch.float32) in seen
+    t = trainer(net, spec={"amp": amp})
+    result = t.fit()
+    assert (True, HALF[amp]) in seen
     assert all(p.dtype == torch.float32 for p in net.parameters())
+    assert t.stepper.scaler.is_enabled() == (amp == "fp16")
+    plain = trainer(network(), spec={"amp": "none"}).fit()
+    losses = [[r["train_loss"] for r in run.history] for run in (result, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)  # scaled, clipped after it, and back
+
+
+@pytest.mark.parametrize("to", ["fp16", "bf16"])
+@pytest.mark.parametrize("of", ["fp16", "bf16"])
+def test_a_run_goes_on_with_the_scale_it_had_and_on_a_gpu_that_needs_another(tmp_path, of, to):
+    saved, whole = [], network()
+
+    def save(snapshot):
+        saved.append(checkpoint.save(tmp_path, snapshot, identity={}, keep=99))
+
+    t = trainer(whole, spec={"amp": of, "checkpoint_minutes": 0.0}, save=save)
+    t.stepper.scaler._init_scale, t.stepper.scaler._growth_interval = 1024.0, 4
+    t.fit()
+    snapshot = checkpoint.load(saved[6], identity={})
+    assert snapshot.numbers["scaler"].get("scale") == (2048.0 if of == "fp16" else None)
+    again = trainer(network(), spec={"amp": to})
+    again.fit(snapshot)
+    if of == to:
+        assert again.stepper.scaler.get_scale() == t.stepper.scaler.get_scale()
+        for a, b in zip(whole.parameters(), again.net.parameters(), strict=True):
+            assert torch.equal(a, b)
+    else:
+        assert again.stepper.scaler.get_scale() == (2.0**16 if to == "fp16" else 1.0)
+
+
+@pytest.mark.parametrize(("native", "half"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_bfloat16_that_a_gpu_only_emulates_is_not_taken(monkeypatch, native, half):
+    """torch answers yes for a T4 too, where bfloat16 is slower than float32."""
+
+    def answer(including_emulation=True):
+        return native or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", answer)
+    assert precision(TrainSpec(), torch.device("cuda")) is half
+    assert precision(TrainSpec(), torch.device("cpu")) is None
+
+
+def test_compiling_is_for_long_runs_of_a_model_and_never_for_a_head_alone():
+    cuda, head = torch.device("cuda"), nn.Linear(WIDTH, CLASSES)
+    assert compiles(TrainSpec(), network(), cuda, 500)
+    assert not compiles(TrainSpec(), network(), cuda, 499)
+    assert not compiles(TrainSpec(), network(), torch.device("cpu"), 500)
+    assert not compiles(TrainSpec(), head, cuda, 10**6)
+    assert compiles(TrainSpec(compile=True), head, torch.device("cpu"), 1)
+
+
+def test_convolutions_are_tried_out_on_cuda_while_training_and_no_longer():
+    def validate(net):
+        seen.append(torch.backends.cudnn.benchmark)
+        return 0.5, 1.0
+
+    seen, t = [], trainer(network())
+    t.validate = validate
+    t.fit()
+    with fast_convolutions(torch.device("cuda")):
+        seen.append(torch.backends.cudnn.benchmark)
+    assert seen == [False] * 6 + [True]
+    assert not torch.backends.cudnn.benchmark
 
 
 def test_the_better_of_average_and_plain_weights_is_kept():

@@ -155,10 +155,13 @@ def _short(value: object) -> str:
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Optimizer state as tensors `optimizer/<parameter>/<name>`; numbers become 0-d."""
+    """Optimizer state as tensors `optimizer/<parameter>/<name>`; numbers become 0-d.
+
+    They are the optimizer's own: copies beside them would want room on a GPU that is full.
+    """
     state = optimizer.state_dict()["state"]
     return {
-        f"optimizer/{k}/{name}": torch.as_tensor(value).clone()
+        f"optimizer/{k}/{name}": torch.as_tensor(value)
         for k, slots in state.items()
         for name, value in slots.items()
         if value is not None

@@ -80,7 +80,7 @@ def rank(accuracy: float, loss: float) -> tuple[float, float]:
 
 
 def snapshot(state: State, moving: Moving) -> Snapshot:
-    """The whole state, tensors cloned so that training may go on while it is written."""
+    """The whole state; tensors are copied, so that training may go on while it is written."""
     s = state
     tensors = {f"model/{k}": v for k, v in moving.trained().items()}
     if moving.average is not None:
@@ -97,7 +97,7 @@ def snapshot(state: State, moving: Moving) -> Snapshot:
         "history": s.history,
         "scaler": moving.scaler.state_dict(),
     }
-    copies = {k: v.detach().cpu().clone() for k, v in tensors.items()}
+    copies = {k: v.detach().to("cpu", copy=True) for k, v in tensors.items()}
     return Snapshot(s.step, s.epoch, s.batch, copies, numbers)
 
 
@@ -114,7 +114,8 @@ def restore(snapshot: Snapshot, state: State, moving: Moving, *, epochs: int) ->
     moving.net.load_state_dict(under("model", t), strict=False)
     if moving.average is not None:
         moving.average.load_state_dict(under("ema", t), strict=False)
-    moving.scaler.load_state_dict(n["scaler"])
+    if n["scaler"]:  # none was kept where the GPU before this one had bfloat16
+        moving.scaler.load_state_dict(n["scaler"])
     s.step, s.epoch, s.batch = snapshot.step, snapshot.epoch, snapshot.batch
     s.loss_sum, s.hits, s.seen, s.splits = n["loss_sum"], n["hits"], n["seen"], n["splits"]
     s.since_best, s.best, s.history = n["since_best"], n["best"], list(n["history"])

@@ -250,7 +250,7 @@ def joined() -> Iterator[Ranks]:
 def _abandon() -> None:
     """After an error: destroying waits for exchanges that the other ranks may never join."""
     group = distributed.group.WORLD
-    with suppress(RuntimeError):
+    with suppress(RuntimeError, AttributeError):  # the error itself is what is to be told
         if group is not None:
             group._get_backend(torch.device("cuda")).abort()
 

@@ -4,6 +4,8 @@ timm brings optimizer and schedule; that layer-wise rates really reach the param
 they are made.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -117,11 +119,28 @@ def precision(spec: TrainSpec, device: torch.device) -> torch.dtype | None:
         return named[spec.amp]
     if device.type != "cuda":
         return None
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    native = torch.cuda.is_bf16_supported(
+        including_emulation=False
+    )  # by itself it says yes to a T4
+    return torch.bfloat16 if native else torch.float16
 
 
-def compiles(spec: TrainSpec, device: torch.device, updates: int) -> bool:
-    """Compiling takes about a minute; on CUDA that is won back over some hundred updates."""
+def compiles(spec: TrainSpec, net: nn.Module, device: torch.device, updates: int) -> bool:
+    """Compiling takes about a minute; on CUDA that is won back over some hundred updates.
+
+    A head alone is one product: there is nothing to join, and its whole training takes a second.
+    """
     if spec.compile == "auto":
-        return device.type == "cuda" and updates >= 500
+        return device.type == "cuda" and updates >= 500 and not isinstance(net, nn.Linear)
     return bool(spec.compile)
+
+
+@contextmanager
+def fast_convolutions(device: torch.device) -> Iterator[None]:
+    """On CUDA cuDNN tries what is fastest, once for each shape, as in timm's scripts."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = before or device.type == "cuda"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before

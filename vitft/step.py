@@ -76,7 +76,7 @@ class Stepper:
         self.task = ClassificationTask(net, criterion, device=self.device, verbose=False)
         if spec.ema is not None:
             self.task.setup_ema(decay=spec.ema, use_warmup=True)
-        self.compiled = compiles(spec, self.device, updates * spec.epochs)
+        self.compiled = compiles(spec, net, self.device, updates * spec.epochs)
         if self.compiled:
             graphs = spec.compile == "reduce-overhead"
             # the shape is static: after a batch was halved torch would else take sizes for unknown
@@ -85,7 +85,8 @@ class Stepper:
             self._join()
         self.rehearsals = REHEARSED if ranks.world > 1 else 0
         self.precision = precision(spec, self.device)
-        self.scaler = torch.amp.GradScaler(enabled=self.precision is torch.float16)
+        half = self.precision is torch.float16
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
 
     def _join(self) -> None:
         """Gradients of all ranks become one."""

@@ -22,10 +22,12 @@ from vitft.errors import DivergedError, MachineError, VitftError
 from vitft.progress import State, rank
 from vitft.ranks import ALONE, Ranks
 from vitft.recipe import TrainSpec
-from vitft.regime import set_train_mode
+from vitft.regime import fast_convolutions, set_train_mode
 from vitft.step import Batch, Stepper
 
 CHECK_EVERY = 25  # steps between looks at the loss on CUDA, where each look stops the queue
+QUICK = 1.0  # seconds; a checkpoint that takes less is written after every epoch
+SHARE = 0.05  # of the time, at most, for those that take longer
 
 Validate = Callable[[nn.Module], tuple[float, float]]  # -> accuracy 0 to 1, log loss in nats
 
@@ -134,6 +136,7 @@ class Trainer:
             ranks=ranks,
         )
         self.unread: list[_Unread] = []
+        self.saved, self.cost = time.monotonic(), 0.0  # of the newest checkpoint, seconds
         self.queues = self.device.type == "cuda"  # reading a number there would stop the queue
 
     # -- the story ------------------------------------------------------------------------------
@@ -152,7 +155,8 @@ class Trainer:
         """
         if resume is not None:
             progress.restore(resume, self.state, self.stepper.moving, epochs=self.spec.epochs)
-        with torch.random.fork_rng(_generator_devices(self.device)):
+        devices = _generator_devices(self.device)
+        with torch.random.fork_rng(devices), fast_convolutions(self.device):
             for epoch in range(self.state.epoch, self.spec.epochs):
                 self.state.epoch = epoch
                 self._epoch()
@@ -164,7 +168,6 @@ class Trainer:
         s, started = self.state, time.monotonic()
         set_train_mode(self.net)
         pending: list[Batch] = []
-        last_save = time.monotonic()
         for batch in self._rest_of_the_epoch():
             pending.append(batch)
             s.batch += 1
@@ -176,16 +179,14 @@ class Trainer:
             self._update(pending, count)
             pending = []
             signum = self._signal()
-            due = time.monotonic() - last_save > self.spec.checkpoint_minutes * 60
-            due = bool(self.ranks.greatest(int(due)))
+            due = bool(self.ranks.greatest(int(self._since_saved() > self._apart)))
             if (due or signum is not None) and s.batch < len(self.batches):
                 self._keep()
-                last_save = time.monotonic()
             if signum is not None and s.batch < len(self.batches):
                 raise Stopped(signum)
         if pending or s.batch < len(self.batches):
             self._leave(unused=len(pending))
-        self._close_epoch(time.monotonic() - started)
+        self._close_epoch(started)
 
     def _rest_of_the_epoch(self) -> Iterator[Batch]:
         """Batches from where the state stands; a signal that took the workers along ends them."""
@@ -210,19 +211,44 @@ class Trainer:
     def _keep(self) -> None:
         """Saves, where anything is saved, what every rank has found finite."""
         self._raise_if_diverged()
+        self._save()
+
+    def _save(self) -> None:
+        """Every rank notes when, and the one that writes how long it took."""
+        started = time.monotonic()
         if self.save:
             self.save(progress.snapshot(self.state, self.stepper.moving))
+        self.saved = time.monotonic()
+        self.cost = self.saved - started
 
-    def _close_epoch(self, seconds: float) -> None:
+    def _since_saved(self) -> float:
+        """Seconds."""
+        return time.monotonic() - self.saved
+
+    @property
+    def _apart(self) -> float:
+        """Seconds between checkpoints inside an epoch."""
+        return self.spec.checkpoint_minutes * 60
+
+    def _worth_saving(self) -> bool:
+        """At an epoch's end, unless epochs are so short that writing would take most of the time.
+
+        The last epoch is always kept, as what comes after training may be killed, too.
+        """
+        last = self.state.epoch == self.spec.epochs or self._no_patience_left()
+        cheap = self.cost < QUICK or self.cost < SHARE * self._since_saved()
+        return last or cheap or self._since_saved() > self._apart
+
+    def _close_epoch(self, started: float) -> None:
         s = self.state
-        self._raise_if_diverged()
-        record = self._record(seconds)
+        self._raise_if_diverged()  # waits for what is queued, which belongs to the epoch's time
+        record = self._record(time.monotonic() - started)
         s.history.append(record)
         self.on_record(record)
         s.epoch, s.batch, s.loss_sum, s.hits, s.seen = s.epoch + 1, 0, 0.0, 0.0, 0
-        if self.save:
-            self.save(progress.snapshot(self.state, self.stepper.moving))
         signum = self._signal()
+        if signum is not None or self._worth_saving():
+            self._save()
         if signum is not None and s.epoch < self.spec.epochs:
             raise Stopped(signum)
 
@@ -307,11 +333,13 @@ class Trainer:
         return rate
 
     def _patience_is_over(self) -> bool:
-        patience = self.spec.patience
-        if patience is None or self.state.since_best < patience:
+        if not self._no_patience_left():
             return False
-        say(f"no better epoch in {patience}: stopping after epoch {self.state.epoch}")
+        say(f"no better epoch in {self.spec.patience}: stopping after epoch {self.state.epoch}")
         return True
+
+    def _no_patience_left(self) -> bool:
+        return self.spec.patience is not None and self.state.since_best >= self.spec.patience
 
     def _finish(self) -> Result:
         s = self.state
