@@ -4,7 +4,7 @@ import pytest
 import torch
 from timm.layers.patch_dropout import PatchDropout
 
-from vitft import learn, model, train
+from vitft import data, learn, model, run, train
 from vitft.errors import RecipeError
 from vitft.prepare import class_weight, prepare
 
@@ -75,30 +75,35 @@ def test_gradient_checkpointing_changes_no_weight(tiny_recipe):
         torch.testing.assert_close(again[name], tensor, atol=1e-3, rtol=1e-3, msg=name)
 
 
-def test_a_run_may_start_from_the_probes_head_or_from_zero(tiny_recipe):
+@pytest.mark.parametrize(
+    "mode", [["full"], ["head"], ["head", "head.views=online"]], ids=["full", "kept", "online"]
+)
+def test_a_run_may_start_from_the_probes_head_or_from_zero(tiny_recipe, mode):
+    if mode == ["head"]:
+        mode = ["head", "head.views=1"]  # the features that a probe sees
     still = ("train.lr=1e-12", "train.weight_decay=0", "train.epochs=1")
     solved = prepare(tiny_recipe("probe", "train.epochs=1"))
     learn.learn(solved, learn.Hooks())
-    probed = prepare(tiny_recipe("full", "train.init_head=probe", *still))
+    probed = prepare(tiny_recipe(*mode, "train.init_head=probe", *still))
     learn.learn(probed, learn.Hooks())
     torch.testing.assert_close(probed.net.head.weight, solved.net.head.weight, atol=1e-6, rtol=0)
-    empty = prepare(tiny_recipe("full", "train.init_head=zero", *still))
+    empty = prepare(tiny_recipe(*mode, "train.init_head=zero", *still))
     learn.learn(empty, learn.Hooks())
     assert float(empty.net.head.weight.detach().abs().max()) < 1e-9
 
 
-@pytest.mark.parametrize("mode", ["head", "full"])
+@pytest.mark.parametrize("mode", [["head"], ["head", "head.views=online"], ["full"]])
 def test_a_head_that_timm_draws_widely_starts_narrow(tiny_recipe, mode):
     """An EfficientNet's is drawn from +-1 / sqrt(3 classes); a ViT's stays as its seed drew it."""
     still = ("train.lr=1e-12", "train.weight_decay=0", "train.epochs=1")
-    wide = prepare(tiny_recipe(mode, "model.name=test_efficientnet", "model.options={}", *still))
+    wide = prepare(tiny_recipe(*mode, "model.name=test_efficientnet", "model.options={}", *still))
     head = model.classifier(wide.net)
     assert model.starts_wide(head)
     learned = learn.learn(wide, learn.Hooks())
     assert not model.starts_wide(head)
     assert 0.01 < float(head.weight.detach().std()) < 0.03
     assert learned.history[0]["train_loss"] == pytest.approx(1.1, abs=0.25)  # ln 3
-    ours = prepare(tiny_recipe(mode, *still))
+    ours = prepare(tiny_recipe(*mode, *still))
     before = model.classifier(ours.net).weight.detach().clone()
     learn.learn(ours, learn.Hooks())
     torch.testing.assert_close(model.classifier(ours.net).weight, before, atol=1e-9, rtol=0)
@@ -112,6 +117,47 @@ def test_rare_classes_weigh_more_when_they_are_told_to(tiny_recipe, tiny_photos)
     counts = p.index.labels[p.index.rows("train")]
     assert blue == green
     assert red / blue == pytest.approx((counts == 0).sum() / (counts == 2).sum())
+
+
+def without_train(tiny_recipe, name, tmp_path):
+    """A split.csv in which all photographs of a class are for validation and test."""
+    index = prepare(tiny_recipe("full")).index
+    data.write_split(index, tmp_path / "split.csv")
+    lines = (tmp_path / "split.csv").read_text().splitlines()
+    moved = [line.replace(",train,", ",test,") if f",{name}," in line else line for line in lines]
+    (tmp_path / "split.csv").write_text("\n".join(moved) + "\n")
+    return f"data.split={tmp_path / 'split.csv'}"
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_a_class_without_photographs_to_learn_from_weighs_nothing(tiny_recipe, tmp_path, smoothing):
+    split = without_train(tiny_recipe, "green", tmp_path)
+    key = f"train.label_smoothing={smoothing}"
+    p = prepare(tiny_recipe("full", split, "train.class_weights=balanced", key))
+    weight = class_weight(p)
+    labels = p.index.labels[p.index.rows("train")]
+    assert weight[1] == 0
+    assert float(weight[labels].mean()) == pytest.approx(1.0)
+    learned = learn.learn(p, learn.Hooks())
+    answers = learn.predictions(p, p.net, "test").logits
+    assert learned.history[-1]["train_loss"] < 1.1
+    assert not (answers.argmax(1) == 1).any()  # smoothing would pull all towards it
+
+
+@pytest.mark.parametrize("balance", ["train.class_weights", "train.sampling"])
+@pytest.mark.parametrize("mode", ["head", "full", "ladder"])
+def test_rare_and_missing_classes_are_balanced_to_the_end_of_the_run(
+    tiny_recipe, tiny_photos, tmp_path, mode, balance
+):
+    """Folds for the temperature leave a rare class out of what a head learns from, too."""
+    for file in sorted((tiny_photos / "red").iterdir())[3:]:
+        file.unlink()
+    split = without_train(tiny_recipe, "green", tmp_path)
+    steps = ("ladder.steps=[logistic, head, full]", "ladder.stop=false")
+    found = run.run(tiny_recipe(mode, split, f"{balance}=balanced", *steps))
+    assert [row.support for row in found.scores.per_class] == [3, 17, 1]
+    told = found.findings.intervals["log_loss"]  # a class unheard of may cost all there is to lose
+    assert told.low - 1e-9 <= found.scores.log_loss <= told.high + 1e-9
 
 
 @pytest.mark.parametrize(

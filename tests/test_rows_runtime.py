@@ -34,7 +34,7 @@ from test_train import network, trainer
 
 from vitft import checkpoint, features, io, keep, prepare, product, recipe, run, store
 from vitft.checkpoint import Snapshot
-from vitft.errors import MachineError
+from vitft.errors import MachineError, RecipeError
 from vitft.run import main
 
 STEPS = ("train.checkpoint_minutes=0", *PLAIN)  # a checkpoint after every step
@@ -85,6 +85,36 @@ def test_R15_batches_of_one_through_batch_normalisation_are_refused(full, tmp_pa
     with untouched(tmp_path / "photos"):
         refused(capsys, main, [file], code=2, id="train.batch_norm", says=says, fix="to 2 or more")
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("mode", "size", "fix"),
+    [
+        (["full"], 41, "set train.batch_size: 40"),  # 42 photographs to learn from
+        (["ladder", "ladder.steps=[logistic, full]"], 41, "set train.batch_size: 40"),
+        (["ladder", "ladder.steps=[logistic, blocks]", "train.blocks=1"], 41, "size: 40"),
+        (["ladder", "ladder.steps=[logistic, full]"], 1, "to 2 or more"),
+        (["head"], 41, None),
+        (["ladder"], 1, None),
+        (["full"], 21, None),
+    ],
+)
+def test_R15_a_last_photograph_alone_is_refused_and_so_is_a_ladder_that_would_end_there(
+    tiny_recipe, mode, size, fix
+):
+    name = "model.name=test_efficientnet"
+    spec = tiny_recipe(*mode, name, "model.options={}", f"train.batch_size={size}")
+    try:
+        prepare.prepare(spec)
+        told = None
+    except RecipeError as error:
+        told = str(error)
+    if fix is None:
+        assert told is None
+    else:
+        assert told is not None
+        assert "error[train.batch_norm]" in told
+        assert told.endswith(fix)
 
 
 def test_R18_a_model_name_is_met_with_the_nearest(full, tmp_path, capsys):
@@ -440,6 +470,16 @@ def test_X23_X24_a_device_that_is_not_here_is_never_replaced_in_silence(
     refused(
         capsys, main, [file, "device=gpu"], code=2, id="recipe.choice", says=("gpu",), fix="cuda"
     )
+
+
+def test_X23_the_gpu_that_is_named_is_the_one_that_nameless_memory_goes_to(monkeypatch):
+    made_current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", made_current.append)
+    assert prepare.pick_device("cuda:1") == torch.device("cuda:1")
+    assert prepare.pick_device("cpu") == torch.device("cpu")
+    assert made_current == ["cuda:1"]
 
 
 def test_X23_the_automatic_choice_is_said(probe, tmp_path, capsys):

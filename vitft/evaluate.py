@@ -80,7 +80,7 @@ def predict(
     Args:
         net: Gives logits [B, C].
         batches: (x [B, ...] on the model's device, y [B], rows [B]).
-        autocast: bfloat16 on CUDA; the logits are float32 either way.
+        autocast: In bfloat16; the logits are float32 either way.
 
     Returns:
         Predictions; row i belongs to row i of the split.

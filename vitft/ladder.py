@@ -178,7 +178,7 @@ def _kept(p: Prepared, learned: Learned) -> _Tried:
         predictions = head_predictions(model.classifier(p.net), extract(p, "val"), p.device)
     else:
         batches = p.batches(p.photos("val")).epoch(0)
-        predictions = evaluate.predict(p.net, batches, autocast=p.device.type == "cuda")
+        predictions = evaluate.predict(p.net, batches, autocast=p.half)
     state = {k: v.detach().clone() for k, v in p.net.state_dict().items()}
     return _Tried(predictions, learned, state)
 

@@ -167,8 +167,8 @@ def solve_head(p: Prepared, hooks: Hooks, kind: str) -> Learned:
 def train_head(p: Prepared, hooks: Hooks) -> Learned:
     """The head through the training loop, on cached views or through the backbone."""
     if p.recipe.head.views == "online":
-        photos = p.photos("train", augment=True, keep=True)
-        result = fit(p, p.net, p.batches(photos, train=True), hooks)
+        _init_head(p, lambda: extract(p, "train"))
+        result = _fit_photos(p, hooks)
         return Learned(result.history, result.best, {}, None)
     seen = {"val": extract(p, "val")}
     views = int(p.recipe.head.views)
@@ -344,10 +344,8 @@ def predictions(p: Prepared, net: nn.Module, split: str) -> Predictions:
 
 
 def _answers(p: Prepared, split: str, photos: Photos) -> Callable[[nn.Module], Predictions]:
-    autocast = p.device.type == "cuda"
-
     def predict(net: nn.Module, rows: Ints) -> Predictions:
-        return evaluate.predict(net, p.batches(photos).epoch(0, rows=rows), autocast=autocast)
+        return evaluate.predict(net, p.batches(photos).epoch(0, rows=rows), autocast=p.half)
 
     return _shared(p, split, predict)
 

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from vitft import answers, console, containers, images, io, product, stats
+from vitft import answers, console, containers, images, io, pace, product, stats
 from vitft.answers import Answer as Answer
 from vitft.answers import Output
 from vitft.answers import top as top
@@ -94,7 +94,7 @@ class Predictor:
     def features(self, picture: Image.Image) -> NDArray[np.float32]:
         """What the head reads of one picture, [D], as features are computed for the cache."""
         x = normalise(self._pixels(picture).unsqueeze(0).to(self.device), self.transform)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        with pace.in_precision(pace.precision(self.device), self.device):
             rows = in_fixed_shape(backbone_of(self.net), x).float()
         return np.asarray(rows[0].cpu().numpy())
 
@@ -121,7 +121,7 @@ class Predictor:
     def _probabilities(self, pictures: Tensor) -> list[tuple[NDArray[np.float64], bool | None]]:
         """Uint8 [n, 3, S, S] -> n times ([C], foreign), in the fixed batch."""
         x = normalise(pictures.to(self.device), self.transform)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        with pace.in_precision(pace.precision(self.device), self.device):
             rows, logits = self._single(x) if len(x) == 1 else self._batch(x)
         foreign: list[bool | None] = [None] * len(x)
         if self._foreign is not None and rows is not None:

@@ -28,6 +28,7 @@ from vitft.regime import batch_norms, set_train_mode
 from vitft.workers import shared_memory_free, worker_count
 
 MEASURED = 32  # photographs whose forward `--plan` times
+TUNED = ("blocks", "full")  # a ladder's steps that train the backbone
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,11 @@ class Prepared:
             balanced=train and spec.sampling == "balanced",
             ranks=self.ranks if train else Ranks(here=self.ranks.here),
         )
+
+    @property
+    def half(self) -> bool:
+        """Whether a whole model is asked in bfloat16: on CUDA that computes in it."""
+        return pace.precision(self.device) is torch.bfloat16
 
     @property
     def test_split(self) -> str:
@@ -231,6 +237,8 @@ def pick_device(name: str, ranks: Ranks = ALONE) -> torch.device:
     if wanted not in present:
         text = f"device {name} is not here; present: {', '.join(present)}"
         raise MachineError.of("env.no_device", "device", text, "set device: auto")
+    if wanted.startswith("cuda"):  # pinned memory, too, belongs to the current one
+        torch.cuda.set_device(wanted)
     return torch.device(wanted)
 
 
@@ -248,30 +256,43 @@ def _check_trainable(prepared: Prepared) -> None:
         RecipeError: `train.batch_norm`: batches of one through batch normalisation that is trained.
     """
     size = batch_size(prepared.recipe.train, prepared.device)
-    norms = _trained_norms(prepared)
-    if norms and size == 1:
-        raise RecipeError.of(
-            "train.batch_norm",
-            prepared.recipe.place("train.batch_size"),
-            f"batch size 1 with {len(norms)} batch-normalisation layers that are trained",
-            "set train.batch_size to 2 or more",
-        )
+    count = len(prepared.index.rows("train"))
+    norms = max((_trained_norms(prepared, k) for k in _fine_tunings(prepared.recipe)), default=0)
+    if not norms or (size > 1 and count % size != 1):
+        return
+    text = f"batch size {size} with {norms} batch-normalisation layers that are trained"
+    fix = "set train.batch_size to 2 or more"
+    if size > 1:
+        text += f" leaves the last of {count:,} photographs a batch of its own, with nothing to be "
+        text += "normalised by"
+        others = (*range(size - 1, 1, -1), *range(size + 1, size + count + 2))
+        fix = f"set train.batch_size: {next(k for k in others if count % k != 1)}"
+    place = prepared.recipe.place("train.batch_size")
+    raise RecipeError.of("train.batch_norm", place, text, fix)
 
 
-def _trained_norms(prepared: Prepared) -> list[nn.Module]:
-    """Batch normalisation that training will put in train mode; the model is left as it is.
+def _fine_tunings(recipe: Recipe) -> list[int | None]:
+    """`train.blocks` of each time that the recipe trains a backbone; a ladder may do it twice."""
+    if recipe.mode == "full":
+        return [recipe.train.blocks]
+    steps = recipe.ladder.steps if recipe.mode == "ladder" else ()
+    return [None if step == "full" else recipe.train.blocks for step in steps if step in TUNED]
 
-    It stays in eval mode where the backbone is frozen, and where `train.tune` trains a few
+
+def _trained_norms(prepared: Prepared, blocks: int | None) -> int:
+    """How many batch normalisations training will put in train mode; the model is left as it is.
+
+    They stay in eval mode where the backbone is frozen, and where `train.tune` trains a few
     parameters only.
     """
     recipe, net = prepared.recipe, prepared.net
-    if recipe.mode != "full" or recipe.train.tune != "all":
-        return []
+    if recipe.train.tune != "all":
+        return 0
     modes = [(module, module.training) for module in net.modules()]
     trains = [(parameter, parameter.requires_grad) for parameter in net.parameters()]
-    model.choose_trained(net, recipe.train.blocks, frozen_cnn=frozen_cnn(recipe))
+    model.choose_trained(net, blocks, frozen_cnn=frozen_cnn(recipe))
     set_train_mode(net)
-    found = batch_norms(net)
+    found = len(batch_norms(net))
     for module, mode in modes:
         module.training = mode
     for parameter, trained in trains:
@@ -300,9 +321,9 @@ def _check_ranks(prepared: Prepared) -> None:
         text = f"batch size {size} cannot be shared evenly by {ranks.world} processes{why}"
         fix = f"set train.batch_size to a multiple of {unit}, such as {-(-size // unit) * unit}"
         raise RecipeError.of("train.ranks", recipe.place("train.batch_size"), text, fix)
-    norms = _trained_norms(prepared)
+    norms = _trained_norms(prepared, spec.blocks) if recipe.mode == "full" else 0
     if norms and prepared.device.type != "cuda":
-        text = f"{recipe.model.name} has {len(norms)} batch-normalisation layers to train, which "
+        text = f"{recipe.model.name} has {norms} batch-normalisation layers to train, which "
         text += f"torch joins over {ranks.world} processes on CUDA only"
         fix = "start one process, or take a model without batch normalisation"
         raise RecipeError.of("train.ranks", recipe.place("model.name"), text, fix)
@@ -323,12 +344,17 @@ def trains_model(recipe: Recipe) -> bool:
 
 
 def class_weight(prepared: Prepared) -> torch.Tensor | None:
-    """[C] float32 with mean 1 over the train photographs, or None."""
+    """[C] float32 with mean 1 over the train photographs, or None.
+
+    A class without any has weight 0: label smoothing would else pull towards it, harder than
+    towards the rarest that is there.
+    """
     if prepared.recipe.train.class_weights == "none":
         return None
     labels = prepared.index.labels[prepared.index.rows("train")]
     counts = np.bincount(labels, minlength=len(prepared.index.classes))
-    weight = len(labels) / (len(counts) * np.maximum(counts, 1))
+    there = counts > 0
+    weight = np.where(there, len(labels) / (there.sum() * np.maximum(counts, 1)), 0.0)
     return torch.as_tensor(weight, dtype=torch.float32, device=prepared.device)
 
 
