@@ -31,6 +31,7 @@ TWO, FOUR, SIX = ((*KEPT, f"train.blocks={k}") for k in (2, 4, 6))
 WHOLE = ("train.layer_decay=0.75",)
 WAYS: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> recipe, overrides
     "probe": ("flowers_probe.yaml", ()),
+    "head": ("flowers_head.yaml", ()),
     "last 2, lr 1e-4": (SMALL, (*TWO, "train.lr=1e-4")),
     "last 2, lr 3e-5": (SMALL, (*TWO, "train.lr=3e-5")),
     "last 2, lr 3e-4": (SMALL, (*TWO, "train.lr=3e-4")),
@@ -40,6 +41,10 @@ WAYS: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> recipe, overrides
     "last 4, lr 3e-4": (SMALL, (*FOUR, "train.lr=3e-4")),
     "all, half the patches": (FULL, (*WHOLE, "train.epochs=5", "train.patch_drop=0.5")),
     "all": (FULL, (*WHOLE, "train.epochs=5")),
+    "all, lr 3e-5": (FULL, (*WHOLE, "train.epochs=5", "train.lr=3e-5")),
+    "all, lr 3e-4": (FULL, (*WHOLE, "train.epochs=5", "train.lr=3e-4")),
+    "all, no layer decay": (FULL, ("train.epochs=5", "train.layer_decay=null")),
+    "all, 10 epochs": (FULL, (*WHOLE, "train.epochs=10")),
 }
 
 
