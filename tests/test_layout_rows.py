@@ -173,7 +173,7 @@ def test_D8_equal_bytes_across_the_split_are_listed_dropped_or_refused(three_sid
     pair = ("test/a/copy.jpg", "train/a/000.jpg")
     index = scan(three_sides)
     assert index.ledger.leaks == (pair,)
-    assert any("1 sets of equal files stand on both sides" in w for w in index.ledger.warnings)
+    assert any("1 set of equal files on both sides" in w for w in index.ledger.warnings)
     cured = scan(three_sides, duplicates="drop_from_train")
     assert [d.path for d in cured.ledger.dropped] == ["train/a/000.jpg"]
     assert cured.ledger.leaks == ()
@@ -193,7 +193,7 @@ def test_D9_equal_bytes_in_two_classes_are_contradicting_labels(two):
     assert index.ledger.duplicates_across == (("cat/000.jpg", "dog/same.jpg"),)
     a, b = index.paths.index("cat/000.jpg"), index.paths.index("dog/same.jpg")
     assert index.split[a] == index.split[b]
-    assert any("1 sets of equal files have contradicting" in w for w in index.ledger.warnings)
+    assert any("1 set of equal files with contradicting" in w for w in index.ledger.warnings)
     refused(
         two,
         "data.contradiction",
@@ -233,7 +233,7 @@ def test_D11_a_group_is_never_split_apart(tmp_path):
 
 def test_D11_a_group_that_given_folders_cut_is_reported(three_sides):
     index = scan(three_sides, group=r"/(?P<g>a)/")
-    assert any("1 groups stand on both sides" in w for w in index.ledger.warnings)
+    assert any("1 group on both sides" in w for w in index.ledger.warnings)
 
 
 def test_D12_a_single_class_is_refused(tmp_path):

@@ -273,11 +273,11 @@ def _warnings(listing: Listing, photos: list[Photo], ledger: Ledger) -> Iterator
             f"data.fixes relabelled {moved:,} and dropped {left:,} photographs of whichever split: "
             "unless a person looked at each, accuracy flatters, since a model chose them"
         )
-    yield from _set_warnings(ledger.duplicates_across, "have contradicting labels")
-    yield from _set_warnings(ledger.leaks, "stand on both sides of the split")
+    yield from _set_warnings(ledger.duplicates_across, "with contradicting labels")
+    yield from _set_warnings(ledger.leaks, "on both sides of the split")
     cut = _cut_groups(photos)
     if cut:
-        yield f"{len(cut):,} groups stand on both sides of the split: {few(cut)}"
+        yield f"{len(cut):,} group{'s' * (len(cut) > 1)} on both sides of the split: {few(cut)}"
     if ledger.damaged:
         yield f"{len(ledger.damaged):,} files are damaged but decode; look at them"
     peaks = [p.peak for p in photos if p.peak is not None]
@@ -317,4 +317,5 @@ def _cut_groups(photos: list[Photo]) -> list[str]:
 
 def _set_warnings(sets: Sequence[Sequence[str]], what: str) -> Iterator[str]:
     if sets:
-        yield f"{len(sets):,} sets of equal files {what}: {few([' = '.join(s) for s in sets])}"
+        many = f"{len(sets):,} set{'s' * (len(sets) > 1)} of equal files"
+        yield f"{many} {what}: {few([' = '.join(s) for s in sets])}"
