@@ -3,9 +3,11 @@
     python tools/bench/predict.py [FOLDER] [--quick] [--json FILE]
 
 FOLDER defaults to the bundled photographs. The model is the bundled ViT-S/14 with a head of five
-classes. Timm's way is what its inference script documents: `create_dataset`, `create_loader` with
-worker processes, the model under inference mode. The pipeline reads files itself, in batches. All
-get the same number of threads and take turns; figures are medians of the rounds.
+classes: vitft opens it as a run leaves it, the others as `export.as_timm` does; the answers are
+compared before anything is timed. Timm's way is what its inference script documents:
+`create_dataset`, `create_loader` with worker processes, the model under inference mode. The
+pipeline reads files itself, in batches. All get the same number of threads and take turns; figures
+are medians of the rounds.
 Goal: 1.2 times the better of the others, for one image (latency) and for a folder (throughput).
 """
 
@@ -41,6 +43,7 @@ from vitft.recipe import ModelSpec
 SAMPLE = Path(__file__).resolve().parents[2] / "vitft" / "bundled" / "flowers"
 GOAL = 1.2
 CLASSES = ("daisy", "dandelion", "rose", "sunflower", "tulip")
+MODELS = ("model", "timm")  # one network, as vitft's class and as timm's
 Way = Callable[[list[Path]], int]  # photographs -> how many were answered
 
 
@@ -52,12 +55,12 @@ def main() -> int:
     args = parser.parse_args()
     files = sorted(args.folder.rglob("*.jpg"))[: 32 if args.quick else 128]
     with tempfile.TemporaryDirectory() as scratch:
-        make_model(Path(scratch) / "model")
+        make_models(Path(scratch))
         subset = Path(scratch) / "photos" / "all"
         subset.mkdir(parents=True)
         for i, file in enumerate(files):
             (subset / f"{i:05d}.jpg").symlink_to(file.resolve())
-        found = measure(Path(scratch) / "model", sorted(subset.iterdir()), 3 if args.quick else 7)
+        found = measure(Path(scratch), sorted(subset.iterdir()), 3 if args.quick else 7)
     ratios = {task: show(task, times) for task, times in found.items()}
     rows = [told(task, len(files), ratio) for task, ratio in ratios.items()]
     found_in = {"photographs": len(files), "seconds": found, "ratios": ratios}
@@ -73,8 +76,8 @@ def told(task: str, photographs: int, ratio: float) -> Row:
     return Row(f"{what} predicted, over the better of timm and transformers", ratio, goal=GOAL)
 
 
-def make_model(folder: Path) -> None:
-    """The bundled backbone under a fixed head, as a product that timm opens too."""
+def make_models(folder: Path) -> None:
+    """The bundled backbone under a fixed head: as a run's product, and as one for timm."""
     spec = ModelSpec(name="vitflower_s14", weights="bundled")
     built = model.build(spec, classes=len(CLASSES), image_size=224, seed=0)
     card = Card(
@@ -84,17 +87,20 @@ def make_model(folder: Path) -> None:
         transform=asdict(plain(built.input)),
         decode=asdict(DecodeSpec()),
     )
-    product.save(built.net, folder, card, built.input, as_timm=True)
+    for name in MODELS:
+        product.save(built.net, folder / name, card, built.input, as_timm=name == "timm")
 
 
 def measure(folder: Path, files: list[Path], rounds: int) -> dict[str, dict[str, list[float]]]:
     """Seconds by task and way."""
-    ways = {"vitft": vitft_way(folder), "timm": timm_way(folder)}
+    same_answers(folder, files)
+    model, peers = (folder / name for name in MODELS)
+    ways = {"vitft": vitft_way(model), "timm": timm_way(peers)}
     try:
-        ways["transformers"] = pipeline_way(folder)
+        ways["transformers"] = pipeline_way(peers)
     except ImportError as error:
         print(f"transformers is not compared: {error}")
-    one = {"vitft": vitft_way(folder), "timm": timm_one(folder)}
+    one = {"vitft": vitft_way(model), "timm": timm_one(peers)}
     if "transformers" in ways:
         one["transformers"] = ways["transformers"]
     tasks = {"one image": (one, files[:1], 5 * rounds), "folder": (ways, files, rounds)}
@@ -112,6 +118,14 @@ def measure(folder: Path, files: list[Path], rounds: int) -> dict[str, dict[str,
                 if answered != len(images):
                     raise RuntimeError(f"{name} answered {answered} of {len(images)}")
     return found
+
+
+def same_answers(folder: Path, files: list[Path]) -> None:
+    """Raises RuntimeError where the two products do not say the same of a photograph."""
+    pairs = [[a.probabilities for a in Predictor(folder / m, "cpu")(files)] for m in MODELS]
+    apart = max(float(abs(a - b).max()) for a, b in zip(*cast(Any, pairs), strict=True))
+    if not apart < 1e-4:
+        raise RuntimeError(f"the products' probabilities are {apart:.1e} apart")
 
 
 def vitft_way(folder: Path) -> Way:
