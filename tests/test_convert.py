@@ -4,17 +4,19 @@ timm and torchvision are at hand; transformers and open_clip are used where they
 their names are checked against a list written from their sources where they are not.
 """
 
+import math
 from argparse import Namespace
 
 import numpy as np
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
 import vitft  # noqa: F401  (registers the names)
-from vitft import convert, weights
+from vitft import convert, twin, weights
 from vitft.errors import WeightsError
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
@@ -40,8 +42,8 @@ def theirs(**options):
     )
 
 
-def fill(model, content):
-    whole, match, notes = weights.complete(content, model)
+def fill(model, content, place="checkpoint"):
+    whole, match, notes = weights.complete(content, model, place=place)
     model.load_state_dict(whole)
     return match, notes
 
@@ -52,6 +54,30 @@ def same(model, reference, x=X):
             model.forward_features(x), reference.forward_features(x), atol=1e-5, rtol=1e-5
         )
         torch.testing.assert_close(model(x), reference(x), atol=1e-5, rtol=1e-5)
+    each_block(model, reference, x)
+
+
+def each_block(model, reference, x=X, **given):
+    """Every block's output is the owner's, whatever its library calls blocks."""
+    layers = next(
+        m for m in reference.modules()
+        if isinstance(m, nn.ModuleList | nn.Sequential) and len(m) == len(model.blocks) == 2
+        and any(isinstance(part, nn.LayerNorm) for part in m[0].children())
+    )  # fmt: skip
+    met = [[], []]
+    hooks = [
+        part.register_forward_hook(lambda m, i, o, out=out: out.append(o))
+        for parts, out in zip((model.blocks, layers), met, strict=True)
+        for part in parts
+    ]
+    with torch.no_grad():
+        model(x), reference(x, **given)
+    for hook in hooks:
+        hook.remove()
+    assert len(met[0]) == 2
+    for a, b in zip(*met, strict=True):
+        b = b[0] if isinstance(b, tuple) else b
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
 # --- Google JAX ----------------------------------------------------------------------------------
@@ -159,9 +185,7 @@ def test_deit_with_distillation_is_a_register_token_and_reported():
         "took 'model' out of model",
         "the distillation token became the register token",
     )
-    assert match.dropped == dict.fromkeys(
-        ("head_dist.weight", "head_dist.bias"), "distillation head"
-    )
+    assert match.dropped == dict.fromkeys(("head_dist.weight", "head_dist.bias"), convert.DISTILLED)
     with torch.no_grad():
         tokens = reference.forward_features(X)
         torch.testing.assert_close(model.forward_features(X), tokens, atol=1e-5, rtol=1e-5)
@@ -179,7 +203,7 @@ def test_deit_iii_scales_are_layer_scale_and_its_class_token_has_no_position(no_
         for k, v in reference.state_dict().items()
     }
     model = ours(no_embed_class=no_embed_class, init_values=1e-5)
-    _, notes = fill(model, {"model": state})
+    _, notes = fill(model, {"model": state}, "deit_3_small_224_1k.pth")
     same(model, reference)
     assert "names converted from DeiT-III" in notes
     assert ("1 prefix token(s) had no position and got zero" in notes) is not no_embed_class
@@ -330,6 +354,7 @@ def test_torchvision_equals_torchvision(representation, old_names):
     match, notes = fill(model, state)
     assert match.loaded == len(model.state_dict())
     assert notes == ("names converted from torchvision",)
+    each_block(model, reference)
     with torch.no_grad():
         torch.testing.assert_close(model(X), reference(X), atol=1e-5, rtol=1e-5)
 
@@ -409,6 +434,7 @@ def test_open_clip_equals_open_clip(quick):
     scatter(reference)
     model = ours(**CLIP, act_layer="quick_gelu" if quick else "gelu")
     fill(model, {f"visual.{k}": v for k, v in reference.state_dict().items()})
+    each_block(model, reference)
     with torch.no_grad():
         torch.testing.assert_close(model(X), reference(X), atol=1e-5, rtol=1e-5)
 
@@ -529,6 +555,7 @@ def test_hugging_face_vit_equals_transformers(tmp_path):
     for state in both_forms(reference, tmp_path):
         model = ours(mlp_ratio=2, norm_eps=1e-12)
         assert fill(model, state)[0].dropped == {}
+        each_block(model, reference)
         with torch.no_grad():
             torch.testing.assert_close(model(X), reference(X).logits, atol=1e-5, rtol=1e-5)
 
@@ -539,6 +566,7 @@ def test_hugging_face_pooler_is_the_representation_layer(tmp_path):
     for state in both_forms(reference, tmp_path):
         model = ours(mlp_ratio=2, norm_eps=1e-12, num_classes=0, representation_size=32)
         fill(model, state)
+        each_block(model, reference)
         with torch.no_grad():
             torch.testing.assert_close(model(X), reference(X).pooler_output, atol=1e-5, rtol=1e-5)
 
@@ -550,7 +578,8 @@ def test_hugging_face_deit_equals_transformers(tmp_path):
     for state in both_forms(reference, tmp_path):
         model = ours(mlp_ratio=2, norm_eps=1e-12, reg_tokens=1)
         match, _ = fill(model, state)
-        assert set(match.dropped.values()) == {"distillation head"}
+        assert set(match.dropped.values()) == {convert.DISTILLED}
+        each_block(model, reference)
         with torch.no_grad():
             expected = reference(X).cls_logits
             torch.testing.assert_close(model(X), expected, atol=1e-5, rtol=1e-5)
@@ -570,6 +599,7 @@ def test_hugging_face_dinov2_equals_transformers(tmp_path, registers):
     for state in both_forms(reference, tmp_path):
         model = ours(mlp_ratio=2, init_values=1e-5, reg_tokens=registers)
         match, _ = fill(model, state)
+        each_block(model, reference)
         with torch.no_grad():
             expected = inner(X).last_hidden_state
             torch.testing.assert_close(model.forward_features(X), expected, atol=1e-5, rtol=1e-5)
@@ -589,6 +619,7 @@ def test_hugging_face_mae_loses_its_decoder(tmp_path):
         assert all(n.startswith("decoder.") for n in match.dropped)
         with torch.no_grad():
             noise = torch.arange(16.0).repeat(2, 1)  # keeps the order of patches
+            each_block(model, reference.vit, noise=noise)
             expected = reference.vit(X, noise=noise).last_hidden_state
             torch.testing.assert_close(model.forward_features(X), expected, atol=1e-5, rtol=1e-5)
 
@@ -600,6 +631,7 @@ def test_hugging_face_clip_equals_transformers(tmp_path):
     for state in both_forms(reference, tmp_path):
         model = ours(**CLIP, mlp_ratio=2, act_layer="quick_gelu")
         fill(model, state)
+        each_block(model, reference)
         with torch.no_grad():
             torch.testing.assert_close(model(X), reference(X).image_embeds, atol=1e-5, rtol=1e-5)
 
@@ -622,7 +654,14 @@ def test_hugging_face_dinov3_is_refused_by_name(tmp_path):
         (["blocks.0.attn.qkv.bias_mask"], "DINOv3"),
         (["blocks.0.mlp.w12.weight", "blocks.0.mlp.w3.weight"], "DINOv2 giant"),
         (["blocks.0.attn.relative_position_bias_table"], "BEiT or Swin"),
-        (["attn_pool.latent"], "SigLIP"),
+        (["attn_pool.latent"], "SigLIP or CoCa"),
+        (["attn_pool.latent", "norm_pre.weight"], "Perception Encoder"),
+        (["rope.freqs"], "rotary positions"),
+        (["blocks.0.attn.q_bias"], r"EVA \(queries and values"),
+        (["blocks.0.attn.rel_pos_h"], "relative positions"),
+        (["blocks.0.attn.proj_l.weight"], "CaiT"),
+        (["blocks.0.attn.norm.weight"], "BEiT 3"),
+        (["blocks.0.attn.lambda_q1"], "differential attention"),
         (["blocks.0.attn.q_norm.weight"], "normalised queries"),
     ],
 )
@@ -678,7 +717,132 @@ def test_rotary_positions_without_registers_are_refused_and_deit3_is_not():
     old = {
         n.replace(".ls1.gamma", ".gamma_1").replace(".ls2.gamma", ".gamma_2"): own[n] for n in own
     }
-    fill(ours(init_values=1e-5, no_embed_class=True), old)
+    fill(ours(init_values=1e-5, no_embed_class=True), old, "deit_3_small_224_1k.pth")
+    fill(timm.create_model("deit3_small_patch16_224", **TINY), old)  # the model says it, too
+
+
+@pytest.mark.parametrize(
+    ("name", "taken"),
+    [
+        ("w.pth", False),
+        ("rope_ape.pth", False),
+        ("deit_3_base_224_1k.pth", True),
+        ("deit3.pth", True),
+    ],
+)
+def test_what_deit3_and_a_rotary_vit_both_write_needs_the_word_of_the_file(tmp_path, name, taken):
+    """timm's rope_ape has every name and shape of DeiT-III's own files, and rotates besides."""
+    rotary = timm.create_model("vit_small_patch16_rope_ape_224", embed_dim=32, depth=2,
+                               num_heads=4, patch_size=8, img_size=32, num_classes=5)  # fmt: skip
+    state = theirs(init_values=1e-5, no_embed_class=True).state_dict()
+    old = {
+        n.replace(".ls1.gamma", ".gamma_1").replace(".ls2.gamma", ".gamma_2"): t
+        for n, t in state.items()
+    }
+    assert {n: t.shape for n, t in rotary.state_dict().items()} == {
+        n: t.shape for n, t in old.items()
+    }
+    torch.save({"model": rotary.state_dict()}, tmp_path / name)
+    options = TINY | {"num_classes": 5, "init_values": 1e-5, "no_embed_class": True}
+    overlay = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(tmp_path / name)}}
+    doors = (
+        lambda: fill(ours(init_values=1e-5, no_embed_class=True), old, tmp_path / name),
+        lambda: timm.create_model("vitflower_b16", **options, **overlay),
+        lambda: weights.load_for(ours(init_values=1e-5), tmp_path / name),
+        lambda: twin.inspect(tmp_path / name),
+    )
+    for door in doors:
+        if taken:
+            door()
+            continue
+        with pytest.raises(WeightsError, match="DeiT-III or timm's rope_ape") as caught:
+            door()
+        assert caught.value.faults[0].id == "ckpt.layout"
+        assert "deit_3_....pth; rope_ape: use timm's own model" in caught.value.faults[0].fix
+    if taken:
+        assert twin.inspect(tmp_path / name).layout == "DeiT-III"
+    fitted = weights.fit(rotary.state_dict(), rotary, place=tmp_path / name)
+    assert weights.check(fitted.state, rotary.state_dict()).new == ()
+
+
+def test_timms_rpn_is_refused_where_order_or_header_do_not_clear_it(tmp_path):
+    options = {"class_token": False, "global_pool": "avg", "qkv_bias": False}
+    rpn = scatter(timm.create_model("vit_base_patch16_rpn_224", num_classes=5, **TINY))
+    for door in (lambda m: m, lambda m: saved(m, tmp_path)):
+        with pytest.raises(WeightsError, match=r"timm's rpn \(norms after attention and MLP\)"):
+            fill(ours(**options), door(rpn.state_dict()))
+    plain = theirs(**options)
+    fill(model := ours(**options), plain.state_dict())
+    same(model, plain)
+    with pytest.raises(WeightsError, match="a ViT whose names were sorted"):
+        fill(ours(**options), saved(plain.state_dict(), tmp_path))
+    header = {"vitft": '{"architecture": "vitflower_b16"}'}
+    path = tmp_path / "w.safetensors"
+    save_file(plain.state_dict(), path, metadata=header)
+    fill(model := ours(**options), weights.read(path), path)
+    same(model, plain)
+    weights.fit(rpn.state_dict(), rpn)
+
+
+def saved(state, folder):
+    """As safetensors gives it back: in another order."""
+    save_file(state, folder / "sorted.safetensors")
+    return weights.read(folder / "sorted.safetensors")
+
+
+def test_heads_that_no_tensor_shows_are_asked_for():
+    """MoCo-v3's ViT-S has 12 heads of 32 values where all others have 6 of 64."""
+    small = {"embed_dim": 384, "num_classes": 0}
+    reference = theirs(**small, num_heads=12)
+    content = {f"module.base_encoder.{k}": v for k, v in reference.state_dict().items()}
+    with pytest.raises(WeightsError, match="MoCo-v3 has num_heads 12, which no tensor shows") as e:
+        fill(ours(**small, num_heads=6), {"state_dict": content})
+    assert e.value.faults[0].id == "ckpt.options"
+    assert e.value.faults[0].fix == "build it with num_heads: 12"
+    fill(model := ours(**small, num_heads=12), {"state_dict": content})
+    same(model, reference)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16])
+def test_mocos_linear_classifiers_are_known_by_their_positions(stored):
+    """Their names are timm's; only the table of sines, which training leaves alone, tells."""
+    small = {"embed_dim": 384, "num_classes": 5}
+    reference = theirs(**small, num_heads=12)
+    table = torch.zeros(17, 384)
+    for row in range(4):
+        for column in range(4):
+            for k in range(96):
+                omega = 10_000 ** (-k / 96)
+                waves = [f(w * omega) for w in (row, column) for f in (math.sin, math.cos)]
+                table[1 + 4 * row + column, k::96] = torch.tensor(waves)
+    reference.pos_embed.data[0] = table
+    content = {f"module.{k}": v.to(stored) for k, v in reference.state_dict().items()}
+    reference.load_state_dict({k[7:]: v.float() for k, v in content.items()})
+    with pytest.raises(WeightsError, match="has num_heads 12, which no tensor shows; the model 6"):
+        fill(ours(**small, num_heads=6), content)
+    fill(model := ours(**small, num_heads=12), content)
+    same(model, reference)
+    content["module.pos_embed"] = content["module.pos_embed"].roll(1, 1)
+    fill(ours(**small, num_heads=6), content)  # anyone else's
+
+
+def test_openais_activation_is_asked_for_and_others_are_noted():
+    openai = clip_state() | {n: torch.tensor(7) for n in convert.OPENAI}
+    with pytest.raises(WeightsError, match="has act_layer quick_gelu, which no tensor .* gelu"):
+        fill(ours(**CLIP), openai)
+    quick = ours(**CLIP, act_layer="quick_gelu")
+    match, notes = fill(quick, openai)
+    assert not any("activation" in note for note in notes)
+    assert {match.dropped[n] for n in convert.OPENAI} == {"outside visual."}
+    _, notes = fill(ours(**(CLIP | {"norm_eps": 1e-6})), clip_state())
+    assert "a CLIP tower's norm_eps is 1e-05, the model's 1e-06" in notes
+    assert any("no tensor shows the activation, gelu in this model" in note for note in notes)
+    for act in ("gelu", "gelu_tanh", "quick_gelu"):
+        bare = {"class_token": False, "global_pool": "avg", "fc_norm": False, "act_layer": act}
+        reference = theirs(**bare)
+        _, notes = fill(model := ours(**bare), reference.state_dict())
+        same(model, reference)
+        assert any(f"no tensor shows the activation, {act} in this model" in n for n in notes)
 
 
 def test_a_jax_relative_is_refused_by_name():

@@ -14,7 +14,7 @@ FLOORS = (
     # words, numbers and plain values
     "errors stats kernels encode schema strict_yaml charts figures split threads resize",
     # files in files, pixels in patches
-    "containers patches",
+    "containers patches kin",
     # files and what they hold
     "io raw ranks convert tensorfile inputs folders table ledger recipe pages doubt trust evaluate "
     "suspects hybrid trials",
@@ -23,8 +23,8 @@ FLOORS = (
     "workers step",
     # data, models and arrays
     "fetch pace store contents assign loaders vit model tune maps train sections cli answers",
-    "probe audit curve graph twin card",
-    "data features product offline report cache hubpage",
+    "probe audit curve graph card",
+    "data features product offline report cache hubpage twin",
     # a whole run
     "prepare proof near compare",
     "boundary variants",

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from rows import TINY, make_product, network
 from safetensors.torch import save_file
 
 import vitft  # noqa: F401  (registers the names)
@@ -233,6 +234,32 @@ def test_names_from_a_file_cannot_write_to_the_terminal(tmp_path, capsys):
     assert "\x1b" not in capsys.readouterr().out
 
 
+def test_a_product_is_what_its_card_says(tmp_path):
+    """Of another width than any name, with heads that no tensor shows."""
+    made = make_product(tmp_path / "run" / "model", network(act_layer="gelu_tanh", depth=2),
+                        options=TINY | {"act_layer": "gelu_tanh", "depth": 2})  # fmt: skip
+    found = twin.inspect(made / "model.safetensors")
+    assert (found.layout, found.model, found.twin) == (
+        twin.OWN, "vitflower_ti16", "vit_tiny_patch16_224",
+    )  # fmt: skip
+    assert found.options["num_heads"] == 2
+    built = timm.create_model(found.model, **found.options)
+    whole, match, _ = weights.complete(weights.read(made / "model.safetensors"), built)
+    assert (match.new, match.dropped) == ((), {})
+    assert "act_layer='gelu_tanh'" in found.call
+    state = weights.read(made / "model.safetensors")
+    save_file(state, tmp_path / "w.safetensors", metadata={"vitft": '{"architecture": "x"}'})
+    assert twin.inspect(tmp_path / "w.safetensors").layout == "timm"  # no Card that can be believed
+
+
+def test_a_clip_tower_under_timms_names_is_told_its_epsilon_and_asked_its_activation(tmp_path):
+    path = file_of(tmp_path / "w.pth", "vitflower_b32", pre_norm=True, num_classes=512)
+    found = twin.inspect(path)
+    assert found.layout == "timm (CLIP tower)"
+    assert found.options == {"num_classes": 512, "pre_norm": True, "norm_eps": 1e-5}
+    assert any("act_layer: quick_gelu" in note for note in found.notes)
+
+
 @pytest.mark.shared
 def test_the_real_files_are_recognised(real_weights):
     found = twin.inspect(real_weights / "dinov2_vits14_imgfocus.fp16.safetensors")
@@ -240,8 +267,10 @@ def test_the_real_files_are_recognised(real_weights):
     assert (found.img_size, found.options) == (518, {"num_classes": 0})
     assert found.parameters == 22_056_192
     assert found.layout == "timm (LayerScale, as DINOv2)"
+    assert found.licence == "Apache-2.0 and MIT (named in the file's header)"
     found = twin.inspect(real_weights / "tf_efficientnet_lite0.safetensors")
     assert (found.model, found.layout) == ("tf_efficientnet_lite0", "an EfficientNet or MobileNet")
+    assert found.licence == "Apache-2.0 (named in the file's header)"
 
 
 @pytest.mark.shared

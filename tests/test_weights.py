@@ -154,6 +154,7 @@ def test_C4_a_torchscript_archive_is_named_without_a_bypass(tmp_path):
         torch.jit.save(torch.jit.script(nn.Linear(2, 2)), str(path))
     fault = refused("ckpt.torchscript", lambda: weights.read(path), "TorchScript", place=path)
     assert "weights_only" not in fault.fix
+    assert "OpenAI's CLIP is on the hub as openai/clip-vit-base-patch32" in fault.fix
 
 
 def saved(tmp_path, form):

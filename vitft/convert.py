@@ -21,6 +21,7 @@ from timm.models import adapt_input_conv
 from torch import Tensor
 
 from vitft.errors import WeightsError
+from vitft.kin import OWN_MODEL, occurs, relative
 
 Grid = tuple[int, int]  # height, width in patches
 Rule = tuple[str, str] | tuple[str, str, str]  # pattern, timm's name, form of the tensor
@@ -84,7 +85,7 @@ P = r"(?P<p>(?:.*\.)?)"
 MASK = "mask token of pre-training"
 DECODER = "decoder of pre-training"
 PROJECTION = "projection head of self-supervised pre-training"
-DISTILLED = "distillation head"
+DISTILLED = "distillation head, whose answer DeiT averages with the head's"
 
 TIMM = Layout(
     name="timm",
@@ -247,22 +248,6 @@ JAX = Layout(
 
 LAYOUTS = (JAX, TORCHVISION, HUGGING_FACE, HF_CLIP, CLIP, TIMM)
 
-REFUSED = (  # near relatives: (pattern of one name, what it is)
-    (r".*rope_embed\..+|.*storage_tokens|.*\.qkv\.bias_mask", "DINOv3 (rotary positions)"),
-    (r".*layer\.\d+\.mlp\.up_proj\.weight", "DINOv3 (rotary positions)"),
-    (r".*mlp\.(w12|weights_in)\.weight", "DINOv2 giant (SwiGLU MLP)"),
-    (r".*blocks\.\d+\.mlp\.w[123]\.weight", "EVA-02 (SwiGLU MLP)"),
-    (r".*relative_position_bias_table", "BEiT or Swin (relative positions)"),
-    (r".*MAPHead_0/.+|.*attn_pool\..+|.*vision_model\.head\.probe", "SigLIP (attention pooling)"),
-    (r".*attn\.q_norm\.weight", "a ViT with normalised queries and keys"),
-)
-
-# EVA's names in timm, where rotation leaves no tensor: all but the last occur, the last does not
-ROTARY = (
-    ((r".*blocks\.0\.gamma_1", r".*reg_token", r".*pos_embed"), "DINOv3 (rotary positions)"),
-    ((r".*blocks\.0\.gamma_1", r".*pos_embed"), "a ViT with rotary positions"),
-)
-
 CNN = "patch_embed.backbone."  # of a hybrid
 
 # of several backbones in one file, the one that its authors evaluate
@@ -273,7 +258,12 @@ PREFERRED = ("teacher.", "base_encoder.", "target_encoder.", "encoder.", "visual
 
 
 def convert(
-    state: Mapping[str, Tensor], own: Collection[str] = (), *, place: object = "checkpoint"
+    state: Mapping[str, Tensor],
+    own: Collection[str] = (),
+    *,
+    place: object = "checkpoint",
+    says: str = "",
+    model: str = "",
 ) -> Converted:
     """Rewrites a ViT checkpoint to timm's names; anything else comes back unchanged.
 
@@ -281,6 +271,8 @@ def convert(
         state: Name -> tensor, as read.
         own: Names of the model that will take them; what it has itself is never renamed.
         place: For messages.
+        says: The file's name and header, where they may have to tell what names do not.
+        model: timm's name of the model that will take them.
 
     Raises:
         WeightsError: `ckpt.layout`: a relative of ViT that this model family does not contain;
@@ -290,46 +282,23 @@ def convert(
         prefixes = _prefixes(layout, state)
         if prefixes:
             prefix = _preferred(prefixes, place)
-            _refuse_relatives(state, {prefix + n for n in own}, place)
+            _refuse_relatives(state, {prefix + n for n in own}, says, model, place)
             return _rewrite(layout, prefix, state, own)
     return Converted("", "", dict(state), {}, {})
 
 
-def relative(names: Iterable[str], own: Collection[str] = ()) -> str:
-    """Which known relative of ViT the names belong to; "" for none.
-
-    Args:
-        names: Of the file.
-        own: Those of them that the model has itself, and which tell nothing.
-    """
-    every = set(names)
-    telling = every - set(own)
-    for pattern, what in REFUSED:
-        if _occurs(pattern, telling):
-            return what
-    for (first, *others, absent), what in ROTARY:
-        here = _occurs(first, telling) and all(_occurs(o, every) for o in others)
-        if here and not _occurs(absent, every):
-            return what
-    return ""
-
-
-def _refuse_relatives(names: Iterable[str], own: Collection[str], place: object) -> None:
-    if what := relative(names, own):
-        text = f"looks like {what}, which vitflower models do not have"
-        fix = "use timm's own model of that name as model.name; its weights load there"
-        raise WeightsError.of("ckpt.layout", place, text, fix)
+def _refuse_relatives(
+    names: Iterable[str], own: Collection[str], says: str, model: str, place: object
+) -> None:
+    if found := relative(names, own, says=says, model=model):
+        raise WeightsError.of("ckpt.layout", place, found.told, found.fix)
 
 
 def _prefixes(layout: Layout, names: Iterable[str]) -> list[str]:
     first, *rest = layout.anchors
     names = set(names)
     found = sorted({m["p"] for name in names if (m := re.fullmatch(first, name))})
-    return [p for p in found if all(_occurs(r.replace("{p}", re.escape(p)), names) for r in rest)]
-
-
-def _occurs(pattern: str, names: set[str]) -> bool:
-    return any(re.fullmatch(pattern, name) for name in names)
+    return [p for p in found if all(occurs(r.replace("{p}", re.escape(p)), names) for r in rest)]
 
 
 def _preferred(prefixes: list[str], place: object) -> str:
@@ -370,8 +339,54 @@ def _rewrite(
     if "head.weight" in out and "head.bias" not in out:  # CLIP projects without a bias
         out["head.bias"] = out["head.weight"].new_zeros(len(out["head.weight"]))
     title = _title(layout, prefix, state)
-    options = {"no_embed_class": True} if title == "DeiT-III" else layout.options
-    return Converted(title, prefix, out, dropped, options)
+    return Converted(title, prefix, out, dropped, _untold(layout, title, state, out))
+
+
+OPENAI = ("input_resolution", "context_length", "vocab_size")  # numbers in OpenAI's files alone
+
+
+def _untold(
+    layout: Layout, title: str, names: Collection[str], state: Mapping[str, Tensor]
+) -> Mapping[str, Any]:
+    """What the project that wrote the file built its model with, and no tensor shows."""
+    options = dict(layout.options)
+    if title == "DeiT-III":
+        options["no_embed_class"] = True
+    if "norm_pre.weight" in state:
+        options["norm_eps"] = 1e-5  # every CLIP tower's, under whatever names
+    if layout is CLIP and set(OPENAI) <= set(names):
+        options["act_layer"] = "quick_gelu"
+    table = state.get("pos_embed")
+    small = table is not None and table.ndim == 3 and table.shape[2] == 384
+    if table is not None and small and (title == "MoCo-v3" or _is_mocos(table)):
+        options["num_heads"] = 12  # of 32, where DeiT's ViT-S has 6 of 64
+    return options
+
+
+def _is_mocos(table: Tensor) -> bool:
+    """Whether positions [1, 1 + G * G, D] are MoCo-v3's, which stay as they were computed.
+
+    Source: moco-v3 vits.py: sines and cosines of the row, then of the column, and 0 for the class.
+    """
+    side, quarter = math.isqrt(max(table.shape[1] - 1, 0)), table.shape[2] // 4
+    if side * side + 1 != table.shape[1] or bool(table[:, 0].any()):
+        return False
+    steps = torch.arange(side, dtype=torch.float64).repeat_interleave(side)
+    omega = 10_000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    rows, columns = steps[:, None] * omega, steps.view(side, side).T.reshape(-1, 1) * omega
+    wanted = torch.cat([rows.sin(), rows.cos(), columns.sin(), columns.cos()], dim=1)
+    return torch.allclose(table[0, 1:].double(), wanted, rtol=0, atol=2e-3)
+
+
+def untold_activation(found: Converted) -> str:
+    """What to look up where a file may have either of two activations; "" where it has GELU."""
+    if "act_layer" in found.options:
+        return ""
+    if "norm_pre.weight" in found.state:
+        return "OpenAI's weights need act_layer: quick_gelu, most of OpenCLIP's do not"
+    if {"cls_token", "reg_token", "fc_norm.weight"}.isdisjoint(found.state):
+        return "SigLIP 2's weights need act_layer: gelu_tanh"
+    return ""
 
 
 def _apply(rules: tuple[Rule, ...], name: str) -> tuple[str, str] | None:
@@ -430,6 +445,7 @@ def _title(layout: Layout, prefix: str, names: Iterable[str]) -> str:
         (r".*(last_layer|head\.mlp)\..+", "DINO"),
         (r".*patch_embed\.backbone\..+", "timm, hybrid"),
         (r".*pre_logits\.fc\..+", "timm (historical, with pre_logits)"),
+        (r".*norm_pre\..+", "timm (CLIP tower)"),
         (r".*blocks\.0\.ls1\.gamma", "timm (LayerScale, as DINOv2)"),
     )
     names = list(names)
@@ -447,6 +463,7 @@ class Anatomy:
     """Sizes of a ViT, read from tensors under timm's names.
 
     Attributes:
+        gated: The MLP's first layer has twice the rows that its second reads (SwiGLU).
         patch: Height and width of the patch, px; (0, 0) for an old linear patch embedding.
         positions: Rows of the position table; 0 without one.
         registers: Tokens besides the class token that take part.
@@ -459,6 +476,7 @@ class Anatomy:
     width: int
     depth: int
     hidden: int
+    gated: bool
     patch: tuple[int, int]
     in_chans: int
     positions: int
@@ -495,6 +513,8 @@ def anatomy(state: Mapping[str, Any]) -> Anatomy | None:
         width=int(kernel.shape[0]),
         depth=max(blocks) + 1,
         hidden=int(fc1.shape[0]),
+        gated="blocks.0.mlp.fc2.weight" in state
+        and 2 * int(state["blocks.0.mlp.fc2.weight"].shape[1]) == int(fc1.shape[0]),
         patch=(0, 0) if flat else (int(kernel.shape[2]), int(kernel.shape[3])),
         in_chans=_colours(state, kernel),
         positions=rows("pos_embed", 1),
@@ -547,9 +567,10 @@ class Adapted:
 
 
 def is_vit(model: _Module) -> bool:
-    """Whether the model carries timm's ViT names."""
+    """Whether the model carries timm's ViT names and says where its positions begin."""
     names = model.state_dict()
-    return "patch_embed.proj.weight" in names and "blocks.0.attn.qkv.weight" in names
+    named = "patch_embed.proj.weight" in names and "blocks.0.attn.qkv.weight" in names
+    return named and hasattr(model, "no_embed_class")  # CaiT, SAM and Hiera do not
 
 
 def adapt(
@@ -730,6 +751,7 @@ def _size(size: Iterable[int]) -> str:
 # --- what went wrong -----------------------------------------------------------------------------
 
 _ADVICE = (  # (what did not fit, pattern, what to do)
+    ("missing", r"blocks\.\d+\.norm1\.bias", "the file has RMSNorm: " + OWN_MODEL),
     ("unexpected", r"patch_embed\.backbone\..+", "a hybrid: see `vitft weights inspect` for it"),
     ("missing", r"patch_embed\.backbone\..+", "not a hybrid: leave model.embed out"),
     ("unexpected", r"(reg|dist)_token", "the file has extra tokens: build with reg_tokens: {n}"),
@@ -743,6 +765,7 @@ _ADVICE = (  # (what did not fit, pattern, what to do)
     ("missing", r"cls_token", "no class token: class_token: false and global_pool: avg"),
     ("missing", r"reg_token", "no register tokens in the file: leave reg_tokens out"),
     ("missing", r"blocks\.\d+\.attn\.qkv\.bias", "no qkv bias in the file: qkv_bias: false"),
+    ("missing", r"norm\.weight", "the file has no final norm (InternViT, RADIO): " + OWN_MODEL),
 )
 
 _FAMILIES = (
@@ -788,8 +811,10 @@ def advise(
             said, own = (words.partition(", patch")[0] for words in (said, own))
         name = "python -m vitft.weights inspect FILE names the model that fits"
         return f"the file is a ViT of {said}; the model has {own}; {name}"
-    if relative(file):
-        return f"looks like {relative(file)}, which vitflower models do not have"
+    if found := relative(file):
+        return f"looks like {found.what}: {found.fix}"
+    if theirs and theirs.gated and not (ours and ours.gated):
+        return f"the file's MLP is gated (SwiGLU, as DINOv2 giant's): {OWN_MODEL}"
     if not (theirs and ours):
         theirs_is, ours_is = family(file), family(model)
         if theirs_is != ours_is:

@@ -136,7 +136,8 @@ def _sniff_zip(path: Path, size: int) -> str:
         raise WeightsError.of("ckpt.bomb", path, text, "do not use this file; get it elsewhere")
     if any(n.endswith("/constants.pkl") for n in names):
         text = "is a TorchScript archive (a program), not weights"
-        raise WeightsError.of("ckpt.torchscript", path, text, SAFE_COPY)
+        fix = f"{SAFE_COPY}; OpenAI's CLIP is on the hub as openai/clip-vit-base-patch32 and others"
+        raise WeightsError.of("ckpt.torchscript", path, text, fix)
     if any(n == "data.pkl" or n.endswith("/data.pkl") for n in names):
         return "torch"
     if names and all(n.endswith(".npy") for n in names):

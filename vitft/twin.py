@@ -10,7 +10,8 @@ file into both and prints the largest difference of the logits and of every bloc
 import argparse
 import json
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -22,10 +23,17 @@ import yaml
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
+from vitft import card as cards
 from vitft import convert, model, tensorfile, vit, weights
+from vitft.card import Card
 from vitft.convert import Anatomy
 from vitft.errors import RecipeError, WeightsError, escape
 from vitft.hybrid import RESNETS
+
+SPDX = re.compile(r"\b(MIT|Apache-2\.0|BSD-[23]-Clause|CC0-1\.0|CC-BY(?:-NC)?(?:-SA)?-4\.0)\b")
+
+OWN = "vitft's own, by its Card"
+ONLY_OURS = {"pos_embed", "representation_size", "embed"}  # what timm's ViT has not
 
 # what each project says of the weights it published; the file itself seldom does
 LICENCES = {
@@ -126,13 +134,16 @@ def inspect(path: Path) -> Inspection:
         WeightsError: As `weights.open_file`, and `ckpt.layout` for relatives of ViT.
     """
     found = weights.open_file(path)
-    converted = convert.convert(found.tensors, place=path)
+    converted = convert.convert(found.tensors, place=path, says=weights.own_words(path))
     sizes = convert.anatomy(converted.state)
     model, twin, options = _fitting(found, converted, sizes)
     left_out: dict[str, list[str]] = {}
     for name, why in converted.dropped.items():
         left_out.setdefault(why, []).append(name)
-    prefix = (f"all names begin with {converted.prefix!r}",) if converted.prefix else ()
+    said = _own_card(found)
+    if said is not None:
+        model, options = said.architecture, {"num_classes": len(said.classes)} | said.options
+        twin = "" if ONLY_OURS & options.keys() else TWINS.get(model, "")
     dtypes: dict[str, int] = {}
     for tensor in found.tensors.values():
         name = str(tensor.dtype).removeprefix("torch.")
@@ -142,7 +153,7 @@ def inspect(path: Path) -> Inspection:
         kind=tensorfile.KINDS[found.kind],
         bytes=path.stat().st_size,
         sha256=found.sha256,
-        layout=converted.layout or convert.family(found.tensors),
+        layout=OWN if said else converted.layout or convert.family(found.tensors),
         tensors=len(found.tensors),
         parameters=sum(t.numel() for t in found.tensors.values()),
         dtypes=dtypes,
@@ -154,17 +165,24 @@ def inspect(path: Path) -> Inspection:
         head=_head(sizes, converted.state) if sizes else "",
         left_out=left_out,
         licence=_licence(found, converted.layout),
-        notes=(*found.notes, *prefix, *_untold(converted.layout)),
+        notes=(*found.notes, *_notes(converted, sizes, said)),
         metadata={k[:40]: v[:80] for k, v in found.metadata.items()},
     )
 
 
-def _untold(layout: str) -> tuple[str, ...]:
-    """What a model of this layout needs to be told, and no tensor shows."""
-    if not layout.startswith("CLIP"):
-        return ()
-    text = "no tensor shows the activation: OpenAI's weights need act_layer='quick_gelu', most of "
-    return (text + "OpenCLIP's do not",)
+def _own_card(found: weights.Checkpoint) -> Card | None:
+    """What a product of a run says of itself; None where it says nothing that can be believed."""
+    try:
+        return cards.parse(found.metadata.get(cards.KEY, ""), found.path)
+    except WeightsError:
+        return None
+
+
+def _notes(converted: convert.Converted, sizes: Anatomy | None, said: Card | None) -> Iterator[str]:
+    if converted.prefix:
+        yield f"all names begin with {converted.prefix!r}"
+    if said is None and sizes is not None and (asked := convert.untold_activation(converted)):
+        yield f"no tensor shows the activation: {asked}"
 
 
 def _fitting(
@@ -232,6 +250,8 @@ def options_for(name: str, sizes: Anatomy, converted: convert.Converted) -> dict
         "mlp_ratio": (sizes.hidden / sizes.width, 4.0),
         "representation_size": (sizes.representation or None, None),
         "norm_eps": (converted.options.get("norm_eps", 1e-6), 1e-6),
+        "num_heads": (converted.options.get("num_heads"), None),
+        "act_layer": (converted.options.get("act_layer"), None),
     }
     return {k: file for k, (file, named) in wanted.items() if file != named}
 
@@ -245,7 +265,13 @@ def _no_embed_class(sizes: Anatomy, converted: convert.Converted) -> bool:
     if sizes.registers:
         patches = sizes.positions - int(sizes.class_token) - sizes.registers
         return patches < 1 or math.isqrt(patches) ** 2 != patches
+    if sizes.class_token and _square(sizes.positions) and not _square(sizes.positions - 1):
+        return True  # DeiT-III and FlexiViT; of n * n rows none is left for the class token
     return bool(converted.options.get("no_embed_class", False))
+
+
+def _square(n: int) -> bool:
+    return n > 0 and math.isqrt(n) ** 2 == n
 
 
 def _grid(sizes: Anatomy) -> int:
@@ -294,6 +320,9 @@ def _licence(found: weights.Checkpoint, layout: str) -> str:
             return f"{stated} (config.json beside it)"
         except (OSError, ValueError, KeyError, TypeError):
             return ""
+    header = " ".join(text for key, text in found.metadata.items() if key != cards.KEY)
+    if named := sorted(set(SPDX.findall(header))):
+        return f"{' and '.join(named)} (named in the file's header)"
     for start, name in LICENCES.items():
         if layout.startswith(start):
             return f"{name} for what this project published; the file does not say"
@@ -369,7 +398,7 @@ def compare(
     if not ours_name:
         return _two_ways(path, name, dict(options or {}) | _sized(img_size))
     found = weights.open_file(path)
-    converted = convert.convert(found.tensors, place=path)
+    converted = convert.convert(found.tensors, place=path, says=weights.own_words(path))
     sizes = convert.anatomy(converted.state)
     built = {} if sizes is None else options_for(ours_name, sizes, converted)
     built.setdefault("num_classes", 0)
@@ -422,7 +451,7 @@ def _theirs(
 ) -> tuple[Any, str]:
     """timm's model with the file in it, by timm's own code where that can read the file."""
     made = dict(vit.SIZES[name]) | options
-    for only_ours in ("representation_size", "embed", "embed_stage"):
+    for only_ours in ("representation_size", "embed", "embed_stage"):  # its name says the CNN
         made.pop(only_ours, None)
     if eps := made.pop("norm_eps", None):
         made["norm_layer"] = partial(nn.LayerNorm, eps=eps)

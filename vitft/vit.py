@@ -42,7 +42,11 @@ POSITIONS = {  # timm says "learn"; both spellings build the same model
     "none": "none",
     "": "none",
 }
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"gelu": nn.GELU, "quick_gelu": QuickGELU}
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "gelu": nn.GELU,
+    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
+    "quick_gelu": QuickGELU,
+}
 
 
 def _choose(key: str, value: object, allowed: Sequence[str]) -> None:
@@ -330,7 +334,7 @@ class VisionTransformer(nn.Module):
         fc_norm: Final norm after pooling instead of before; None: exactly when pooling is "avg".
         representation_size: Width of the `pre_logits` layer (Linear, tanh) between features and
             head, as in the paper's ImageNet-21k training; None for transfer, as there.
-        act_layer: "gelu" or "quick_gelu" (OpenAI's CLIP).
+        act_layer: "gelu", "gelu_tanh" (SigLIP 2) or "quick_gelu" (OpenAI's CLIP).
         norm_eps: Epsilon of every LayerNorm; 1e-6, where torch has 1e-5.
         dynamic_img_size: Accept any multiple of the patch; positions are resampled on the fly.
         drop_rate: Dropout before the head.

@@ -276,12 +276,16 @@ def fit(
         place: For messages.
 
     Raises:
-        WeightsError: `ckpt.layout`, `ckpt.ambiguous` or `ckpt.pos_grid`.
+        WeightsError: `ckpt.layout`, `ckpt.ambiguous`, `ckpt.options` or `ckpt.pos_grid`.
     """
     own = set(model.state_dict())
-    found = convert.convert(tensors, own, place=place) if convert.is_vit(model) else None
-    if found is None or not found.layout:
+    if not convert.is_vit(model):
         return _strip(tensors, own)
+    named = str((getattr(model, "pretrained_cfg", None) or {}).get("architecture", ""))
+    found = convert.convert(tensors, own, place=place, says=own_words(place), model=named)
+    if not found.layout:
+        return _strip(tensors, own)
+    _require_alike(found, model, place)
     adapted = convert.adapt(
         found.state,
         model,
@@ -289,10 +293,59 @@ def fit(
         no_embed_class=found.options.get("no_embed_class", False),
         place=place,
     )
-    notes = (*_prefix_note(found.prefix), *adapted.notes)
+    notes = (*_prefix_note(found.prefix), *adapted.notes, *_untold(found, model))
     if any(found.prefix + name not in tensors for name in found.state):
         notes = (f"names converted from {found.layout}", *notes)
     return Fitted(adapted.state, found.dropped | adapted.dropped, notes, found.layout)
+
+
+def own_words(place: object) -> str:
+    """What a file says of itself beside its tensors: its name and its header."""
+    path = Path(str(place))
+    try:
+        header = read_metadata(path) if path.is_file() else {}
+    except (WeightsError, OSError, ValueError):  # told where it is read
+        header = {}
+    return f"{path.name} {header}"
+
+
+def _require_alike(found: convert.Converted, model: Any, place: object) -> None:
+    """Refuses what would load whole and answer otherwise: heads and activation show in no tensor.
+
+    Raises:
+        WeightsError: `ckpt.options`.
+    """
+    block = model.blocks[0]
+    for option, of_block in (("num_heads", _heads), ("act_layer", _activation)):
+        wanted = found.options.get(option)
+        if wanted is not None and wanted != (mine := of_block(block)):
+            text = f"{found.layout} has {option} {wanted}, which no tensor shows; the model {mine}"
+            raise WeightsError.of("ckpt.options", place, text, f"build it with {option}: {wanted}")
+
+
+def _heads(block: Any) -> int:
+    return int(block.attn.num_heads)
+
+
+def _activation(block: Any) -> str:
+    """As `vit.ACTIVATIONS` calls it; for others the name of the class."""
+    act = getattr(block.mlp, "act", None)
+    kind = type(act).__name__
+    if kind == "GELU" and getattr(act, "approximate", "none") == "tanh":
+        return "gelu_tanh"
+    return {"GELU": "gelu", "QuickGELU": "quick_gelu", "GELUTanh": "gelu_tanh"}.get(kind, kind)
+
+
+def _untold(found: convert.Converted, model: Any) -> tuple[str, ...]:
+    """What the file's owner has to know, for no tensor shows it."""
+    block, out = model.blocks[0], []
+    eps = found.options.get("norm_eps")
+    own = getattr(block.norm1, "eps", eps)
+    if eps is not None and own != eps:
+        out.append(f"a CLIP tower's norm_eps is {eps:g}, the model's {own:g}")
+    if asked := convert.untold_activation(found):
+        out.append(f"no tensor shows the activation, {_activation(block)} in this model: {asked}")
+    return tuple(out)
 
 
 def _prefix_note(prefix: str) -> tuple[str, ...]:
