@@ -1,14 +1,19 @@
 """The hybrid equals timm's, takes Google's and timm's files, and refuses what is no CNN."""
 
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 import timm
 import torch
+from rows import card
 from safetensors.torch import save_file
 
 import vitft  # noqa: F401  (registers the names)
-from vitft import convert, maps, model, product, twin, vit, weights
+from vitft import convert, graph, maps, model, product, twin, vit, weights
 from vitft.errors import RecipeError, WeightsError
+from vitft.hybrid import build_cnn, cnn_state
+from vitft.inputs import InputConfig, normalise, plain
 from vitft.learn import Hooks, learn
 from vitft.prepare import prepare
 from vitft.run import run
@@ -80,6 +85,19 @@ def test_a_stage_chooses_the_map():
     assert cells == {None: (32, 320), 2: (8, 40), 3: (16, 112)}
 
 
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "mobilenetv3_small_050", "resnet10t"])
+@pytest.mark.parametrize("stage", [0, 2, None])
+def test_no_stage_behind_the_map_is_kept_and_the_map_is_timms(name, stage):
+    timms = timm.create_model(name, features_only=True).eval()
+    cnn = build_cnn(name, 3, stage).eval()
+    state, _ = cnn_state(timms.state_dict(), cnn, name, place="test")
+    cnn.load_state_dict(state)
+    (found,) = cnn(images())
+    torch.testing.assert_close(found, timms(images())[-1 if stage is None else stage])
+    found.sum().backward()
+    assert all(p.grad is not None for p in cnn.parameters())
+
+
 def test_patches_of_the_map_images_of_another_size_and_sizes_on_the_fly():
     model = timm.create_model("vitflower_b16", embed_stage=2, **(SMALL | ON_LITE)).eval()
     model.set_input_size(96, patch_size=2)
@@ -108,6 +126,50 @@ def test_what_cannot_be_an_embedding_is_refused_with_the_remedy():
         build(embed="r26", embed_stage=1)
     with pytest.raises(RecipeError, match=r"side 80 px is not .* 32 px.*\n.*use 64 or 96 px"):
         build(img_size=80)
+
+
+FAMILIES = {  # the smallest of five families of CNNs: pixels per cell of each of its maps
+    "resnet10t": (2, 4, 8, 16, 32),
+    "efficientnet_lite0": (2, 4, 8, 16, 32),
+    "convnext_atto": (4, 8, 16, 32),
+    "regnetx_002": (2, 4, 8, 16, 32),
+    "mobilenetv3_small_050": (2, 4, 8, 16, 32),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_of_cnns_embeds_learns_and_is_exported(tmp_path, name):
+    options = {"embed": name, "patch_size": 1, "embed_dim": 32, "num_heads": 2, "depth": 1}
+    options |= {"img_size": 64}
+    for stage, pixels in enumerate(FAMILIES[name]):
+        with torch.device("meta"):
+            embed = timm.create_model("vitflower_ti16", embed_stage=stage, **options).patch_embed
+        assert (embed.stride, embed.grid_size) == (pixels, (64 // pixels, 64 // pixels))
+    past = len(FAMILIES[name])
+    with pytest.raises(RecipeError, match=f"no feature map {past} of {name}"):
+        timm.create_model("vitflower_ti16", embed_stage=past, **options)
+    net = timm.create_model("vitflower_ti16", num_classes=3, **options)
+    net(images()).square().sum().backward()
+    still = [n for n, p in net.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert still == []
+    first = next(p for p in net.patch_embed.backbone.parameters() if p.ndim == 4)
+    assert first.grad.abs().sum() > 0
+    net.eval()
+    config = InputConfig((64, 64), (0.5,) * 3, (0.25,) * 3)
+    spec = {"options": options, "transform": asdict(plain(config))}
+    product.save(net, tmp_path / "model", card(**spec), config, as_timm=False)
+    again, _ = product.load(tmp_path / "model")
+    pixels = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = net(normalise(pixels, plain(config)))
+        torch.testing.assert_close(again(normalise(pixels, plain(config))), expected)
+    if name != "mobilenetv3_small_050":
+        return  # seconds each
+    file = tmp_path / "model.pt2"
+    deployed = graph.Deployed(net, plain(config), 1.0, uint8=True)
+    graph.write_pt2(deployed, plain(config), file, {graph.META: "{}"})
+    logits, _ = graph.open_pt2(file, plain(config), uint8=True)(pixels)
+    np.testing.assert_allclose(logits, expected.numpy(), atol=1e-4)
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -301,8 +363,11 @@ def test_a_hybrids_run_gives_a_product_that_loads(tiny_recipe, tmp_path):
     net, card = product.load(result.folder)
     assert net.patch_embed.stride == 8
     assert card.options["embed"] == "resnet10t"
-    found = twin.inspect(result.folder / "model" / "model.safetensors")
-    assert (found.layout, found.img_size) == ("timm, hybrid", 0)
+    file = result.folder / "model" / "model.safetensors"
+    found = twin.inspect(file)
+    assert (found.layout, found.model, found.twin) == (twin.OWN, "vitflower_ti16", "")
+    again = timm.create_model(found.model, **found.options)
+    assert weights.complete(weights.read(file), again)[1].new == ()
 
 
 def test_what_a_recipe_cannot_mean_is_refused(tiny_recipe, tmp_path):

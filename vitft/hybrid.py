@@ -66,8 +66,16 @@ def build_cnn(name: str, in_chans: int, stage: int | None, **factory: Any) -> nn
         raise _refused(text[:300], "choose a CNN such as resnet26d, or another stage") from e
     if len(channels) != 1 or int(pixels[0]) < 1:
         raise _refused(f"{name} does not say how many pixels a cell covers", "choose another CNN")
+    _cut_after_map(cnn)
     built: nn.Module = cnn
     return built
+
+
+def _cut_after_map(cnn: Any) -> None:
+    """Takes off the stages behind the map, which timm's EfficientNets and MobileNets compute."""
+    indices = getattr(cnn, "_stage_out_idx", None)
+    if indices and cnn.feature_hooks is None:
+        cnn.blocks = cnn.blocks[: max(indices)]
 
 
 def _resnet(layers: tuple[int, ...], in_chans: int, factory: dict[str, Any]) -> nn.Module:
