@@ -60,7 +60,8 @@ def test_every_export_reproduces_the_runs_test_predictions(finished, tmp_path, f
         pytest.importorskip("onnxruntime")
         pytest.importorskip("onnxscript")
     out = tmp_path / "out"
-    assert main([str(finished), "-o", str(out), "--format", format]) == 0
+    asked = ["--variants"] if format == "onnx" else []
+    assert main([str(finished), "-o", str(out), "--format", format, *asked]) == 0
     told = capsys.readouterr()
     assert told.out.splitlines()[-1] == str(out)
     n = len(stored(finished))
@@ -74,10 +75,26 @@ def test_every_export_reproduces_the_runs_test_predictions(finished, tmp_path, f
     was = np.array([[float(v) for k, v in r.items() if k[:2] == "p:"] for r in stored(finished)])
     np.testing.assert_allclose(p, was, atol=1e-5)
     assert [of_run.classes[k] for k in p.argmax(1)] == [r["prediction"] for r in stored(finished)]
+    if asked:
+        measured = json.loads((out / "variants.json").read_text())["variants"]
+        of_test = json.loads((finished / "metrics.json").read_text())["test"]["accuracy"]
+        assert [r["accuracy"]["value"] for r in measured[:2]] == [pytest.approx(of_test)] * 2
+        assert all(r["agreement"]["n"] == n for r in measured)
+    if format == "hf":
+        np.testing.assert_allclose(by_transformers(out, evidence.files), was, atol=1e-5)
     lines, good = selftest(out)
     assert good
     assert len(lines) == 3
     assert io.verify_dir(out) == ()
+
+
+def by_transformers(folder, files):
+    """Probabilities [n, C] of transformers' own pipeline, in the order of config.json's names."""
+    transformers = pytest.importorskip("transformers")
+    names = json.loads((folder / "config.json").read_text())["label_names"]
+    pipe = transformers.pipeline("image-classification", model=str(folder), top_k=None)
+    told = [{a["label"]: a["score"] for a in answers} for answers in pipe([str(f) for f in files])]
+    return np.array([[one[name] for name in names] for one in told])
 
 
 def test_an_onnx_graph_takes_any_batch_of_bytes_and_says_what_it_is(made, pictures, tmp_path):
@@ -200,12 +217,12 @@ def stranger(folder, format, x):
     return session.run(["probabilities"], {"images": x.numpy()})[0]
 
 
-def test_variants_are_written_and_measured_side_by_side(
-    made, pictures, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.setattr(export.variants, "WORTH", 0)
+def test_variants_are_written_and_measured_side_by_side(pictures, tmp_path, capsys):
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
+    wide = {"embed_dim": 192}  # narrower, a file is mostly its graph
+    options = TINY | wide
+    made = make_product(tmp_path / "made" / "model", network(**wide), options=options)
     out = tmp_path / "out"
     words = [str(made), "-o", str(out), "--variants", "--images", *map(str, pictures)]
     assert main(words) == 0
@@ -219,9 +236,22 @@ def test_variants_are_written_and_measured_side_by_side(
     assert all(r["ms_one"] > 0 and r["per_second"] > 0 for r in rows)
     assert all(r["accuracy"] is None and r["difference"] is None for r in rows)
     printed, err = capsys.readouterr()
-    assert "WARNING: int8 holds for matrix products only" in err
+    assert "hardly made of them" not in err
     assert [line.split()[0] for line in printed.splitlines()[1:5]] == list(gap)
     assert printed.count("not known") == 4
+
+
+def test_an_int8_file_that_saves_nothing_is_told_with_its_size(pictures, tmp_path, capsys):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    made = product_of(tmp_path / "made" / "model", 3, (32, 32), "test_efficientnet")
+    out = tmp_path / "out"
+    words = [str(made), "-o", str(out), "--variants", "--images", *map(str, pictures)]
+    assert main(words) == 0
+    told = capsys.readouterr().err
+    sizes = [(out / name).stat().st_size / 1e6 for name in ("model.int8.onnx", "model.onnx")]
+    assert f"WARNING: model.int8.onnx has {sizes[0]:.1f} MB, model.onnx {sizes[1]:.1f}: " in told
+    assert "this network is hardly made of them; the float16 file is the small one" in told
 
 
 def test_memory_does_not_grow_with_the_photographs_that_are_compared(made, pictures, tmp_path):
