@@ -152,17 +152,24 @@ def test_a_frozen_part_that_moves_is_told(tiny_recipe, monkeypatch):
     assert tune.merge is merge
 
 
+@pytest.mark.parametrize("blocks", ["null", "1"])
 def test_a_killed_lora_run_is_resumed_to_the_same_bits_and_its_product_is_ordinary(
-    tiny_recipe, monkeypatch
+    tiny_recipe, monkeypatch, blocks
 ):
     options = ["train.checkpoint_minutes=0", "train.ema=0.9", "train.tune=lora"]
+    options.append(f"train.blocks={blocks}")
     whole = run(tiny_recipe("full", *options))
     interrupted(monkeypatch, tiny_recipe("full", *options), after=4)
     resumed = run(tiny_recipe("full", *options), resume="auto")
     a, b = (load_file(r.folder / "model" / "model.safetensors") for r in (whole, resumed))
     assert all(torch.equal(a[k], b[k]) for k in a)
     net, _ = product.load(whole.folder)
-    assert not any("lora" in k for k in net.state_dict())
+    assert list(net.state_dict()) == list(net_of().state_dict())
+    start = prepare(tiny_recipe("full", *options)).net.state_dict()
+    changed = {
+        k.split(".")[1] for k in a if k.startswith("blocks.") and not torch.equal(a[k], start[k])
+    }
+    assert changed == ({"0", "1"} if blocks == "null" else {"1"})
     log = (whole.folder / "log.txt").read_text()
     assert "train.tune lora: " in log
     assert "adapters merged into the weights; logits differ by" in log
