@@ -13,8 +13,8 @@ ROOMS = sorted(path.stem for path in VITFT.glob("*.py") if path.stem != "__init_
 FLOORS = (
     # words, numbers and plain values
     "errors stats kernels encode schema strict_yaml charts figures split threads resize",
-    # files in files, pixels in patches
-    "containers patches kin",
+    # files in files, pixels in patches, keys beside keys
+    "containers patches kin conflicts",
     # files and what they hold
     "io raw ranks convert tensorfile inputs folders table ledger recipe pages doubt trust evaluate "
     "suspects hybrid trials",

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import vitft
-from vitft import recipe, schema, strict_yaml
+from vitft import conflicts, recipe, schema, strict_yaml
 from vitft.errors import Fault, RecipeError
 from vitft.recipe import dump, load, parse
 
@@ -621,7 +621,7 @@ def recipes(draw) -> schema.Recipe:
         background=draw(st.tuples(*[st.integers(0, 255)] * 3)),
     )
     options = st.dictionaries(
-        WORDS.filter(lambda k: k not in recipe.OURS and k != "img_size"), SCALARS
+        WORDS.filter(lambda k: k not in conflicts.OURS and k != "img_size"), SCALARS
     )
     model = schema.ModelSpec(name=draw(WORDS.filter(bool)), options=draw(options))
     train = schema.TrainSpec(

@@ -45,30 +45,15 @@ def page(
         folder: The run's.
         seconds: The whole run took.
     """
-    rows = p.index.rows(p.test_split)
     spec = p.recipe
-    answers = Answers(
-        paths=[p.index.paths[i] for i in rows],
-        labels=predictions.labels,
-        guesses=predictions.logits.argmax(axis=1).astype(np.int64),
-        probabilities=predictions.probabilities(found.applied),
-    )
+    answers = _answers(p, predictions, found)
     return Page(
         title=spec.name,
         subtitle=f"{spec.model.name} · weights {_weights(spec.model.weights)} · mode {spec.mode}",
         classes=p.index.classes,
         scores=scores,
         answers=answers,
-        source=Source(
-            thumbnail=lambda row: _thumbnail(p, int(rows[row])),
-            overlay=Overlays(
-                Looker(p.net, p.plain_transform, p.device),
-                lambda row: _photograph(p, int(rows[row])),
-                worst(answers)[: spec.report.gallery],
-                side=spec.report.thumbnail,
-            ),
-            near=lambda row: _nearest(p, found, row, answers),
-        ),
+        source=_source(p, found, answers),
         ledger=p.index.ledger,
         history=learned.history,
         reproduce=_reproduce(p, learned, found, folder, seconds),
@@ -81,6 +66,31 @@ def page(
         warnings=p.warnings if p.test_split == "test" else (*p.warnings, NO_TEST),
         mistakes=spec.report.gallery,
         max_images=spec.report.max_images,
+    )
+
+
+def _answers(p: Prepared, predictions: Predictions, found: Findings) -> Answers:
+    """What was said of every scored photograph."""
+    return Answers(
+        paths=[p.index.paths[i] for i in p.index.rows(p.test_split)],
+        labels=predictions.labels,
+        guesses=predictions.logits.argmax(axis=1).astype(np.int64),
+        probabilities=predictions.probabilities(found.applied),
+    )
+
+
+def _source(p: Prepared, found: Findings, answers: Answers) -> Source:
+    """What stands beside an answer: the photograph, where the model looked, what is near it."""
+    rows, spec = p.index.rows(p.test_split), p.recipe.report
+    return Source(
+        thumbnail=lambda row: _thumbnail(p, int(rows[row])),
+        overlay=Overlays(
+            Looker(p.net, p.plain_transform, p.device),
+            lambda row: _photograph(p, int(rows[row])),
+            worst(answers)[: spec.gallery],
+            side=spec.thumbnail,
+        ),
+        near=lambda row: _nearest(p, found, row, answers),
     )
 
 
