@@ -81,9 +81,11 @@ class Foreign:
     Two kinds of strangeness, each in standard deviations above the mean of ordinary pictures and
     nothing below it, are added. The distance is Mahalanobis' on features of length 1, with one mean
     and one covariance for all classes; the energy says how little any class speaks for a picture.
-    Either misses what the other sees. About thirty scores were tried on flowers against 72 pictures
-    of other subjects: the sum was the best under a ViT and as good as the best under a
-    convolutional network. It was chosen on the very pictures that say so: expect less elsewhere.
+    Either misses what the other sees. The sum was chosen among about thirty scores on flowers and
+    72 pictures of other subjects, so these say nothing of it. Of 358 others, named before one was
+    scored, it calls 99 % foreign under a convolutional network and 76 % under a ViT, with 5 % of
+    flowers allowed and found; distance alone 99 and 58 %, energy alone 34 and 30 %. Flowers of
+    other kinds are hard: 28 and 44 % (tools/bench/foreign.py).
 
     Attributes:
         mean: [D] float32.
