@@ -1,5 +1,6 @@
 """The loop: what it trains, that it is a pure function of its seed, that it resumes to the bit."""
 
+import copy
 import math
 import weakref
 
@@ -78,6 +79,37 @@ def test_it_learns_and_keeps_the_best_epoch_by_val():
     assert result.best["val_accuracy"] == max(r["val_accuracy"] for r in result.history)
     assert on(rows)(net) == (result.best["val_accuracy"], result.best["val_loss"])
     assert result.best["val_accuracy"] > 0.9
+
+
+def test_a_run_is_what_the_loop_written_out_in_torch_gives():
+    """AdamW that spares biases, class weights, smoothing, clipping, an average that warms up."""
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Linear(WIDTH, 8), nn.GELU(), nn.Linear(8, CLASSES))
+    other, average, rows = copy.deepcopy(net), copy.deepcopy(net), Rows()
+    weight = torch.tensor([1.0, 2.0, 0.5])
+    spec = {"weight_decay": 0.1, "clip_grad": 0.3, "label_smoothing": 0.2, "sched": "constant"}
+    t = trainer(net, rows, spec={**spec, "ema": 0.6, "epochs": 2}, class_weight=weight)
+    t.validate = lambda m: (0.0, -float(t.state.step) if m is net else 0.0)  # the last is best
+    t.fit()
+
+    matrices = [p for p in other.parameters() if p.dim() > 1]
+    biases = [p for p in other.parameters() if p.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": biases, "weight_decay": 0.0}]
+    optimizer, steps = torch.optim.AdamW(groups, lr=0.05), 0
+    for epoch in range(2):
+        for x, y, _ in rows.epoch(epoch):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(other(x), y, weight, label_smoothing=0.2)
+            loss.backward()
+            nn.utils.clip_grad_norm_(other.parameters(), 0.3)
+            optimizer.step()
+            decay = min(0.6, 1 - (1 + steps) ** (-2 / 3))  # timm's ModelEmaV3
+            steps += 1
+            for a, p in zip(average.parameters(), other.parameters(), strict=True):
+                a.data.lerp_(p.data, 1 - decay)
+    for got, wanted in ((net, other), (t.stepper.moving.average, average)):
+        for a, b in zip(got.parameters(), wanted.parameters(), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
 def test_the_same_seed_gives_the_same_weights_bit_for_bit():
