@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vitft  # noqa: F401  (registers the names)
 from vitft.errors import RecipeError
+from vitft.patches import PatchConv
 from vitft.vit import Attention, VisionTransformer, sincos2d
 
 TINY = {
@@ -329,6 +330,24 @@ def test_changing_the_input_size_resamples_like_timm(options):
     with torch.no_grad():
         torch.testing.assert_close(ours(x), twin(x), atol=1e-5, rtol=1e-5)
     assert ours.patch_embed.grid_size == (12, 4)
+
+
+@pytest.mark.parametrize("size", [(32, 48), (37, 50)])
+def test_the_product_that_a_gpu_computes_is_the_convolution(size):
+    """Forward and gradients, for oblong patches and for an image that they do not tile."""
+    torch.manual_seed(0)
+    conv = PatchConv(3, 24, (8, 16), (8, 16)).double()
+    images = torch.randn(2, 3, *size, dtype=torch.double, requires_grad=True)
+    inputs = (images, conv.weight, conv.bias)
+    want, got = conv(images), conv.product(images)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    weighing = torch.randn_like(want)
+    for a, b in zip(
+        torch.autograd.grad((got * weighing).sum(), inputs),
+        torch.autograd.grad((want * weighing).sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
 def test_dynamic_image_size_equals_timms_and_the_resized_model():

@@ -23,7 +23,7 @@ from timm.models.resnetv2 import ResNetV2, create_resnetv2_stem
 from torch import Tensor, nn
 
 from vitft.errors import RecipeError, VitftError, WeightsError
-from vitft.patches import Embed, Pair
+from vitft.patches import Embed, Pair, PatchConv
 
 # blocks per stage; the paper's 16-px variant has stage 4's blocks in stage 3, for a finer map
 RESNETS: dict[str, tuple[int, ...]] = {
@@ -170,7 +170,7 @@ class HybridEmbed(Embed):
         self.backbone: Any = build_cnn(cnn, in_chans, stage, **factory)
         self.feature_dim, self.stride = map_of(self.backbone, cnn)
         self.grid_size = self.grid_of(self.img_size, self.patch_size)
-        self.proj = nn.Conv2d(
+        self.proj = PatchConv(
             self.feature_dim, width, self.patch_size, self.patch_size, bias=bias, **factory
         )
 

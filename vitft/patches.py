@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers.patch_embed import resample_patch_embed
 from torch import Tensor, nn
 
@@ -22,6 +23,28 @@ def pair(size: int | Sequence[int]) -> Pair:
     return int(height), int(width)
 
 
+class PatchConv(nn.Conv2d):
+    """A convolution whose stride is its kernel: of each patch, its own projection.
+
+    On CUDA it is computed as reshape and matrix product, equal to rounding: with three channels in
+    bfloat16 a convolution depends on which of cuDNN's ways is chosen, and some are far slower. On
+    CPU both take the same time, and the convolution stays.
+    """
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, D, GH, GW]."""
+        return self.product(images) if images.is_cuda else super().forward(images)
+
+    def product(self, images: Tensor) -> Tensor:
+        """The same without a convolution; [B, C, H, W] -> [B, D, GH, GW]."""
+        high, wide = self.kernel_size
+        rows, columns = images.shape[-2] // high, images.shape[-1] // wide
+        x = images[..., : rows * high, : columns * wide]
+        x = x.reshape(*x.shape[:2], rows, high, columns, wide)
+        x = x.permute(0, 2, 4, 1, 3, 5).flatten(3)  # [B, GH, GW, C * p * p]
+        return F.linear(x, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
 class Embed(nn.Module):
     """What an embedding of the image's patches and one of a CNN's cells share: sizes and the grid.
 
@@ -31,7 +54,7 @@ class Embed(nn.Module):
         strict_img_size: Refuse images of another size.
     """
 
-    proj: nn.Conv2d
+    proj: PatchConv
     stride = 1  # px per cell
     step = "patch size {} px"  # what a side must be a multiple of, for people
 
@@ -102,11 +125,11 @@ class Embed(nn.Module):
             self.grid_of(size, self.patch_size, "image")
 
 
-def resampled(old: nn.Conv2d, patch: Pair) -> nn.Conv2d:
+def resampled(old: PatchConv, patch: Pair) -> PatchConv:
     """A patch kernel of another size that keeps its answers as far as it can."""
     bias = old.bias is not None
     factory: dict[str, Any] = {"device": old.weight.device, "dtype": old.weight.dtype}
-    new = nn.Conv2d(old.in_channels, old.out_channels, patch, patch, bias=bias, **factory)
+    new = PatchConv(old.in_channels, old.out_channels, patch, patch, bias=bias, **factory)
     with torch.no_grad():
         new.weight.copy_(resample_patch_embed(old.weight, list(patch)))
     new.weight.requires_grad_(old.weight.requires_grad)
