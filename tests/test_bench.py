@@ -21,9 +21,8 @@ def script(name):
 
 
 def test_readme_says_what_the_results_say():
-    readme = script("readme")
-    text = readme.README.read_text("utf-8")
-    assert readme.renewed(text, readme.section(readme.load(readme.RESULTS))) == text
+    for file, made in script("readme").tables().items():
+        assert file.read_text("utf-8") == made
 
 
 MACHINE = {
@@ -49,29 +48,49 @@ def row(what, value, **more):
 
 def test_the_section_shows_both_machines_misses_and_what_is_not_measured(tmp_path):
     readme, gpu = script("readme"), MACHINE | {"device": "One GPU", "commit": "def"}
-    record(tmp_path, "zoo", row("a zoo", 3.0, unit="s"), not_measured=["lions"])
+    record(tmp_path, "zoo", row("a zoo", 3.0, unit="s"), row("b", 1.0), not_measured=["lions"])
     record(tmp_path, "extract", row("features", 1.5, goal=1.15, spread=(1.4, 1.6)))
     record(tmp_path, "extract.cuda", row("features", 1.1, goal=1.15), machine=gpu)
     record(tmp_path, "memory", row("growth", 7.0, unit="KiB", goal=6, at_most=True))
     part = {"what": "kills", "figure": "9 of 9", "goal": "all", "met": True}
     parts = {"kills": part | {"where": MACHINE | {"quick": False, "date": "2026-11-24"}}}
     (tmp_path / "survive.json").write_text(json.dumps({"parts": parts}))
-    assert readme.section(readme.load(tmp_path)) == (
+    whole = readme.section(readme.load(tmp_path), whole=True)
+    assert whole == (
         "\n"
         "| measured | 2-core CPU | One GPU | by |\n"
         "|---|---|---|---|\n"
         "| features | 1.50 x (1.40 to 1.60), goal 1.15 | **1.10 x, goal 1.15: missed** "
-        "| [extract](tools/bench/extract.py) |\n"
-        "| growth | **7.00 KiB, goal at most 6: missed** |  | [memory](tools/bench/memory.py) |\n"
-        "| kills | 9 of 9, goal all |  | [survive](tools/bench/survive.py) |\n"
-        "| a zoo | 3.00 s |  | [zoo](tools/bench/zoo.py) |\n"
+        "| [extract](../extract.py) |\n"
+        "| growth | **7.00 KiB, goal at most 6: missed** |  | [memory](../memory.py) |\n"
+        "| kills | 9 of 9, goal all |  | [survive](../survive.py) |\n"
+        "| a zoo | 3.00 s |  | [zoo](../zoo.py) |\n"
+        "| b | 1.00 x |  | [zoo](../zoo.py) |\n"
         "\n"
-        "An empty cell was not measured.\n"
-        "Nor were: lions.\n"
-        "CPU: Some CPU, 2 threads, torch 2.15, timm 1.0.31, 2026-11-25, commit abc.\n"
-        "survive: Some CPU, 2 threads, torch 2.15, timm 1.0.31, 2026-11-24, commit abc.\n"
-        "CUDA: One GPU, 2 threads, torch 2.15, timm 1.0.31, 2026-11-25, commit def.\n"
+        "An empty cell was not measured. Nor were: lions.\n"
+        "\n"
+        "- CPU: Some CPU, 2 threads, torch 2.15, timm 1.0.31, 2026-11-25, commit abc.\n"
+        "- survive: Some CPU, 2 threads, torch 2.15, timm 1.0.31, 2026-11-24, commit abc.\n"
+        "- CUDA: One GPU, 2 threads, torch 2.15, timm 1.0.31, 2026-11-25, commit def.\n"
     )
+    head = "An empty cell was not measured. [Every figure](tools/bench/results/README.md)."
+    short = readme.section(readme.load(tmp_path), whole=False)
+    told = whole.replace("(../", "(tools/bench/").replace(
+        "| b | 1.00 x |  | [zoo](tools/bench/zoo.py) |\n", ""
+    )
+    assert short == told.replace("An empty cell was not measured. Nor were: lions.", head)
+
+
+def test_readme_leads_with_chosen_rows_and_every_missed_goal(tmp_path):
+    readme = script("readme")
+    rows = [
+        row(f"{w}, over timm", 1.0, goal=g) for w, g in (("a", 1), ("one photograph", 1), ("b", 2))
+    ]
+    record(tmp_path, "predict", *rows)
+    whats = re.findall(
+        r"^\| (.+?), over timm", readme.section(readme.load(tmp_path), whole=False), re.M
+    )
+    assert whats == ["one photograph", "b"]
 
 
 def test_writing_twice_changes_nothing_and_the_rest_of_readme_stays():

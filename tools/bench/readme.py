@@ -1,9 +1,11 @@
-"""README's section of figures, made from `tools/bench/results/*.json`: none is typed by hand.
+"""The tables of figures, made from `tools/bench/results/*.json`: none is typed by hand.
 
-    python tools/bench/readme.py            writes the section between README's two markers
-    python tools/bench/readme.py --check    says whether it is what the results say; exit code 1
+    python tools/bench/readme.py            writes both tables
+    python tools/bench/readme.py --check    says whether they are what the results say; exit code 1
 
-Rows with the same `what` share a line: one column for CPU, one for CUDA; what was not measured
+`results/README.md` has every row; README, between its two markers, those that `LEADS` names, the
+first row of any other script, and whatever missed its goal. Rows with the same `what` share a
+line: one column for CPU, one for CUDA; what was not measured
 leaves its cell empty. A missed goal is printed as one. The shape of the files is told in
 `record.py`; a file of another shape, or of a `--quick` run, is an error.
 """
@@ -19,6 +21,7 @@ from record import figure
 
 HERE = Path(__file__).resolve().parent
 RESULTS, README = HERE / "results", HERE.parents[1] / "README.md"
+WHOLE = RESULTS / "README.md"
 BEGIN, END = "<!-- begin: made by tools/bench/readme.py -->", "<!-- end -->"
 ORDER = (
     "accuracy",
@@ -29,6 +32,22 @@ ORDER = (
     "predict",
     "loader",
 )
+LEADS = {  # script -> how the rows begin that README shows
+    "accuracy": ("test accuracy",),
+    "frozen_end_to_end": ("600 photographs to a saved head, cold: vitft",),
+    "train_cpu": ("fine-tuning vitflower_s16",),
+    "predict": ("one photograph", "128 photographs"),
+    "loader": (
+        "batches from JPEGs per core, the same pixels, second",
+        "batches from JPEGs per core, 3 %",
+    ),
+    "finetune": ("fine-tuned",),
+    "foreign": ("pictures of other subjects called foreign (opencv-doc", "test flowers"),
+    "memory": ("memory of a whole run, 100,000", "memory of predicting, 100,000"),
+    "planted": ("recall of the labels", "precision of the labels"),
+    "probe_sweep": ("45 strengths",),
+    "survive": ("kills", "bad inputs", "resume"),
+}
 NEEDED = ("bench", "quick", "machine", "rows")
 Record = dict[str, Any]
 
@@ -38,14 +57,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing")
     args = parser.parse_args()
-    text = README.read_text("utf-8")
-    made = renewed(text, section(load(RESULTS)))
-    if not args.check:
-        README.write_text(made, "utf-8")
-    elif made != text:
-        print("README's section differs from the results: python tools/bench/readme.py")
-        return 1
+    for file, made in tables().items():
+        if not args.check:
+            file.write_text(made, "utf-8")
+        elif not file.exists() or made != file.read_text("utf-8"):
+            print(f"{file.name} differs from the results: python tools/bench/readme.py")
+            return 1
     return 0
+
+
+def tables() -> dict[Path, str]:
+    """What the two files have to say."""
+    records = load(RESULTS)
+    return {
+        README: renewed(README.read_text("utf-8"), section(records, whole=False)),
+        WHOLE: f"# Every figure that was measured\n{section(records, whole=True)}",
+    }
 
 
 def load(folder: Path) -> list[Record]:
@@ -92,17 +119,26 @@ def renewed(readme: str, made: str) -> str:
     return f"{head}{BEGIN}\n{made}{END}{rest.partition(END)[2]}"
 
 
-def section(records: list[Record]) -> str:
-    """The table, where it was measured, and what was not."""
+def section(records: list[Record], *, whole: bool) -> str:
+    """The table, where it was measured, and, of the whole, what was not."""
     columns = {"CPU": _of(records, cuda=False), "CUDA": _of(records, cuda=True)}
     heads = [_head(name, found) for name, found in columns.items()]
     lines = ["", f"| measured | {' | '.join(heads)} | by |", "|---|---|---|---|"]
+    up = "../" if whole else "tools/bench/"
     for bench, what in _whats(records):
         cells = [_cell(rows, what) for rows in columns.values()]
-        by = f"[{bench}](tools/bench/{bench}.py)"
-        lines.append(f"| {what} | {' | '.join(cells)} | {by} |")
-    lines += ["", "An empty cell was not measured.", *_gaps(records), *_places(columns), ""]
-    return "\n".join(lines)
+        if whole or _leads(records, bench, what) or any("missed**" in cell for cell in cells):
+            lines.append(f"| {what} | {' | '.join(cells)} | [{bench}]({up}{bench}.py) |")
+    told = _gaps(records) if whole else ["[Every figure](tools/bench/results/README.md)."]
+    lines += ["", f"An empty cell was not measured. {' '.join(told)}".rstrip()]
+    return "\n".join([*lines, "", *(f"- {place}" for place in _places(columns)), ""])
+
+
+def _leads(records: Iterable[Record], bench: str, what: str) -> bool:
+    """Whether README shows it though it met its goal."""
+    whats = [w for b, w in _whats(records) if b == bench]
+    leads = [w for w in whats if w.startswith(LEADS.get(bench, ()))]
+    return what in (leads or whats[:1])
 
 
 def _of(records: Iterable[Record], *, cuda: bool) -> list[Record]:
