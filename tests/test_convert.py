@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.models import save_for_hf
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
@@ -781,6 +782,12 @@ def test_timms_rpn_is_refused_where_order_or_header_do_not_clear_it(tmp_path):
     save_file(plain.state_dict(), path, metadata=header)
     fill(model := ours(**options), weights.read(path), path)
     same(model, plain)
+    folder = tmp_path / "out"
+    save_for_hf(ours(**options), str(folder), safe_serialization=True)
+    timm.create_model(f"local-dir:{folder}", pretrained=True)
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(WeightsError, match="a ViT whose names were sorted"):
+        fill(ours(**options), saved(plain.state_dict(), tmp_path), folder)
     weights.fit(rpn.state_dict(), rpn)
 
 

@@ -1,5 +1,6 @@
 """The hybrid equals timm's, takes Google's and timm's files, and refuses what is no CNN."""
 
+import re
 from dataclasses import asdict
 
 import numpy as np
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 
 import vitft  # noqa: F401  (registers the names)
 from vitft import convert, graph, maps, model, product, twin, vit, weights
+from vitft.card import KEY, text_of
 from vitft.errors import RecipeError, WeightsError
 from vitft.hybrid import build_cnn, cnn_state
 from vitft.inputs import InputConfig, normalise, plain
@@ -96,6 +98,34 @@ def test_no_stage_behind_the_map_is_kept_and_the_map_is_timms(name, stage):
     torch.testing.assert_close(found, timms(images())[-1 if stage is None else stage])
     found.sum().backward()
     assert all(p.grad is not None for p in cnn.parameters())
+
+
+def test_a_product_that_still_has_the_stages_behind_the_map_opens_without_them(tmp_path):
+    """As versions wrote it that kept what no answer asked for."""
+    now = timm.create_model("vitflower_b16", embed_stage=2, **(SMALL | ON_LITE)).eval()
+    whole = timm.create_model("vitflower_b16", **(SMALL | ON_LITE)).state_dict()
+    last = len(now.patch_embed.backbone.blocks) - 1
+    behind = {
+        name: t
+        for name, t in whole.items()
+        if (found := re.match(r"patch_embed\.backbone\.blocks\.(\d+)", name))
+        and int(found[1]) > last
+    }
+    assert behind
+    options = SMALL | ON_LITE | {"embed_stage": 2}
+    del options["num_classes"]
+    spec = {"architecture": "vitflower_b16", "classes": tuple("abcde"), "options": options}
+    header = {KEY: text_of(card(**spec))}
+    file = tmp_path / "model.safetensors"
+    save_file(now.state_dict() | behind, file, metadata=header)
+    again, _ = product.load(file)
+    with torch.no_grad():
+        assert torch.equal(again(images()), now(images()))
+    _, match, _ = weights.complete(now.state_dict() | behind, now)
+    assert match.dropped.keys() == behind.keys()
+    odd = now.state_dict() | {"patch_embed.backbone.blocks.0.9.odd": torch.zeros(1)}
+    with pytest.raises(WeightsError, match=r"blocks\.0\.9\.odd"):
+        weights.complete(odd, now)
 
 
 def test_patches_of_the_map_images_of_another_size_and_sizes_on_the_fly():

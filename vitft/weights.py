@@ -10,10 +10,12 @@ misshapen, and the likely cause. `tensorfile` reads files, `convert` knows other
 
 import hashlib
 import importlib
+import json
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from vitft.errors import Fault, WeightsError
 NESTED = 4  # containers within containers; a pickle may hold itself
 SHOWN = 3  # names listed before the rest is only counted
 BUNDLED = "vit_s14.fp16.safetensors"
+_STAGE = re.compile(r"patch_embed\.backbone\.blocks\.(\d+)\.")
 
 # containers that training scripts wrap weights in; averaged weights are what they evaluate
 AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "teacher", "target_encoder")
@@ -279,6 +282,39 @@ def fit(
         WeightsError: `ckpt.layout`, `ckpt.ambiguous`, `ckpt.options` or `ckpt.pos_grid`.
     """
     own = set(model.state_dict())
+    kept, unasked = asked(tensors, own)
+    found = _fitted(kept, own, model, pos_grid, place)
+    return replace(found, dropped=found.dropped | unasked)
+
+
+def asked(
+    tensors: Mapping[str, Tensor], own: Collection[str]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Without stages of a hybrid's CNN behind its map, which earlier versions kept unused.
+
+    Args:
+        tensors: Of the file.
+        own: Names of the model.
+
+    Returns:
+        The rest, and name -> why for what was left out.
+    """
+    last = max((int(found[1]) for found in map(_STAGE.match, own) if found), default=None)
+    behind = {
+        name: "a stage of the CNN behind the map that the model reads"
+        for name in tensors
+        if last is not None and (found := _STAGE.match(name)) and int(found[1]) > last
+    }
+    return {name: t for name, t in tensors.items() if name not in behind}, behind
+
+
+def _fitted(
+    tensors: Mapping[str, Tensor],
+    own: set[str],
+    model: nn.Module,
+    pos_grid: tuple[int, int] | None,
+    place: object,
+) -> Fitted:
     if not convert.is_vit(model):
         return _strip(tensors, own)
     named = str((getattr(model, "pretrained_cfg", None) or {}).get("architecture", ""))
@@ -300,13 +336,23 @@ def fit(
 
 
 def own_words(place: object) -> str:
-    """What a file says of itself beside its tensors: its name and its header."""
-    path = Path(str(place))
+    """What a file says of itself beside its tensors: its name, its header, its folder's config."""
+    path, words = Path(str(place)), []
+    if path.is_dir():  # as timm's local-dir: names it
+        path = path / "model.safetensors"
+        words.append(_architecture(path.with_name("config.json")))
+    with suppress(WeightsError, OSError, ValueError):  # told where it is read
+        words.append(str(read_metadata(path)) if path.is_file() else "")
+    return " ".join((path.name, *words))
+
+
+def _architecture(config: Path) -> str:
+    """That timm's config.json names; "" where there is none."""
     try:
-        header = read_metadata(path) if path.is_file() else {}
-    except (WeightsError, OSError, ValueError):  # told where it is read
-        header = {}
-    return f"{path.name} {header}"
+        found = json.loads(config.read_text("utf-8"))
+    except (OSError, ValueError):
+        return ""
+    return str(found.get("architecture", "")) if isinstance(found, dict) else ""
 
 
 def _require_alike(found: convert.Converted, model: Any, place: object) -> None:
