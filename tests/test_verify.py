@@ -1,11 +1,12 @@
 """A run is verified against itself, and everything that changed is named."""
 
 import json
+import re
 
 import pytest
 
-from vitft import io
-from vitft.errors import DataError
+from vitft import io, recipe
+from vitft.errors import DataError, RecipeError
 from vitft.run import run
 from vitft.verify import _weights, main, verify
 
@@ -30,6 +31,19 @@ def test_an_untouched_run_is_what_it_says(finished, capsys):
         ["same", "accuracy:"],
     ]
     assert "largest difference of a probability 0.0e+00" in out[3]
+
+
+def test_a_run_whose_keys_are_refused_together_by_now_is_still_verified(finished):
+    """It was accepted once, and says what was done."""
+    file = finished / "recipe.resolved.yaml"
+    before = file.read_text()
+    file.write_text(re.sub(r"sampling: \w+", "sampling: balanced", before))
+    assert file.read_text() != before
+    file.write_text(re.sub(r"class_weights: \w+", "class_weights: balanced", file.read_text()))
+    with pytest.raises(RecipeError, match="count twice over"):
+        recipe.load(file)
+    assert recipe.of_run(finished).train.sampling == "balanced"
+    assert all(c.ok for c in verify(finished, "cpu"))
 
 
 def test_a_changed_and_a_missing_photograph_are_named(finished, tmp_path, capsys):

@@ -419,7 +419,7 @@ class _Pictures:
 def _root(folder: Path) -> Path | None:
     """Where a run's photographs lie, by its recipe; None where they do not any more."""
     try:
-        root = recipe.load(folder / "recipe.resolved.yaml").data.root
+        root = recipe.of_run(folder).data.root
     except RecipeError:
         return None
     return offline.base(root) if offline.is_here(root) else None

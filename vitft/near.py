@@ -56,7 +56,7 @@ def of_run(path: Path, net: nn.Module, card: Card, device: torch.device) -> Near
     """
     run = product.find_file(path).parent.parent
     try:
-        spec = recipe.load(run / "recipe.resolved.yaml")
+        spec = recipe.of_run(run)
         rows = _train_rows(run, spec)
     except (OSError, VitftError) as error:
         say(f"no nearest training photographs: {run} is no finished run ({type(error).__name__})")

@@ -156,7 +156,7 @@ def _of_run(run: Path, classes: Sequence[str]) -> Evidence | None:
     """The photographs of predictions.csv; None if the first of them has gone."""
     try:
         rows = read_table(run / "predictions.csv", required=("path", "label"))
-        root = offline.base(recipe.load(run / "recipe.resolved.yaml").data.root)
+        root = offline.base(recipe.of_run(run).data.root)
         stored = [[float(row.get(f"p:{name}")) for name in classes] for row in rows]
         files = tuple(root / row.get("path") for row in rows)
         labels = tuple(row.get("label") for row in rows)

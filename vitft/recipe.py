@@ -103,6 +103,16 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return parse(_read(path), str(path), path.parent, overrides, path=path)
 
 
+def of_run(run: Path) -> Recipe:
+    """What a run's folder says that it was; what may go together has changed since, perhaps.
+
+    Raises:
+        RecipeError: With every fault found.
+    """
+    path = run / "recipe.resolved.yaml"
+    return parse(_read(path), str(path), path.parent, path=path, past=True)
+
+
 def parse(
     text: str,
     name: str = "recipe.yaml",
@@ -110,6 +120,7 @@ def parse(
     overrides: Sequence[str] = (),
     *,
     path: Path | None = None,
+    past: bool = False,
 ) -> Recipe:
     """Reads a recipe from text.
 
@@ -119,6 +130,7 @@ def parse(
         base_dir: Where relative paths in the text start.
         overrides: As for `load`.
         path: The file it came from, for `Recipe.path`.
+        past: It has been run: keys that no longer go together are let through.
 
     Raises:
         RecipeError: With every fault found.
@@ -133,7 +145,7 @@ def parse(
     places = {dotted(key): spot.place for key, spot in draft.spots.items()}
     whole = None if path is None else Path(os.path.abspath(path))  # noqa: PTH100  (no link lost)
     recipe._origin = Origin(text, whole, tuple(overrides), places)
-    faults = list(conflicts.found(recipe))
+    faults = [] if past else list(conflicts.found(recipe))
     if faults:
         raise RecipeError(faults)
     return recipe
@@ -150,7 +162,7 @@ def data_of(run: Path) -> tuple[Path, ...]:
         `flower_photos`) are nobody's folder.
     """
     try:
-        root = load(run / "recipe.resolved.yaml").data.root
+        root = of_run(run).data.root
     except RecipeError:
         return ()
     return (Path(root),) if os.path.exists(root) else ()  # noqa: PTH110  (False where not allowed)

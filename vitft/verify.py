@@ -53,7 +53,7 @@ def verify(folder: Path, device: str = "auto") -> tuple[Check, ...]:
     """
     _require_all(folder)
     claimed, was = _claims(folder / "metrics.json")
-    spec = recipe.load(folder / "recipe.resolved.yaml")
+    spec = recipe.of_run(folder)
     root = offline.base(spec.data.root)
     rows = read_table(folder / "split.csv", required=("path", "sha256"))
     said = read_table(folder / "predictions.csv", required=("path", "label", "prediction"))
