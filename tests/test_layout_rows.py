@@ -21,6 +21,7 @@ from rows import tree
 
 from vitft import data, sources
 from vitft.errors import DataError, RecipeError
+from vitft.folders import instead, no_run
 from vitft.recipe import DataSpec
 
 RED, BLUE = (200, 40, 40), (40, 40, 200)
@@ -391,6 +392,9 @@ def test_D22_a_root_that_is_no_folder_of_photographs_is_named_for_what_it_is(two
         tmp_path / "twoo", "data.root_missing", "no such file or folder", fix=f"did you mean {two}?"
     )
     refused(tmp_path / "x/y/z", "data.root_missing", f"only {tmp_path} exists", fix="data.root")
+    text, near = instead(tmp_path / ("x" * 300) / "y")
+    assert (text, near) == (f"only {tmp_path} exists of it", None)
+    assert no_run(tmp_path / ("x" * 300), "no run", "name one")[1] == "name one"
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("x", "y")
     with tarfile.open(tmp_path / "a.tgz", "w:gz"):

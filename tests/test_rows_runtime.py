@@ -117,6 +117,14 @@ def test_R15_a_last_photograph_alone_is_refused_and_so_is_a_ladder_that_would_en
         assert told.endswith(fix)
 
 
+def test_R15_one_photograph_alone_is_refused_with_the_only_remedy(monkeypatch, tiny_recipe):
+    spec = tiny_recipe("full", "model.name=test_efficientnet", "model.options={}")
+    p = prepare.prepare(spec)
+    monkeypatch.setattr(type(p.index), "rows", lambda self, split: [0])
+    with pytest.raises(RecipeError, match="fix: give it more photographs to learn from"):
+        prepare._check_trainable(p)
+
+
 def test_R18_a_model_name_is_met_with_the_nearest(full, tmp_path, capsys):
     file = written(full(), tmp_path / "r.yaml")
     refused(

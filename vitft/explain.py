@@ -12,6 +12,7 @@ A map says where a network looked, not whether it was right to look there.
 """
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -186,7 +187,7 @@ class Session:
             try:
                 picture = images.decode(images.read_bytes(path), path, decode)
             except BadImage as e:
-                near = None if path.exists() else instead(path)[1]
+                near = None if os.path.lexists(path) else instead(path)[1]  # noqa: PTH110
                 fix = f"did you mean {near}?" if near else "name another, or copy it here again"
                 self.bad += [replace(fault, fix=fix) for fault in e.faults]
             else:

@@ -158,10 +158,10 @@ def owner_and_mode(path: str | Path) -> str:
 
 def instead(path: Path) -> tuple[str, Path | None]:
     """What there is of a path that is not there, and what may have been meant."""
-    if path.is_symlink():
+    if os.path.islink(path):  # noqa: PTH114  (False for a name that is too long, as below)
         return f"is a link to {os.readlink(path)}, which is not there", None  # noqa: PTH115
     up = path.parent
-    while not up.exists() and up != up.parent:
+    while not os.path.exists(up) and up != up.parent:  # noqa: PTH110
         up = up.parent
     here = up == path.parent
     text = f"no such file or folder; {up} exists" if here else f"only {up} exists of it"
@@ -174,7 +174,7 @@ def instead(path: Path) -> tuple[str, Path | None]:
     if not near:
         return text, None
     whole = (up / near[0]).joinpath(*below)
-    return text, whole if whole.exists() else up / near[0]
+    return text, whole if os.path.exists(whole) else up / near[0]  # noqa: PTH110
 
 
 def no_run(folder: Path, text: str, fix: str) -> tuple[str, str]:
@@ -182,7 +182,7 @@ def no_run(folder: Path, text: str, fix: str) -> tuple[str, str]:
     if not os.path.lexists(folder):  # noqa: PTH110
         text, near = instead(folder)
         return text, f"did you mean {near}?" if near else fix
-    if (folder / "latest").is_dir():
+    if os.path.isdir(folder / "latest"):  # noqa: PTH112
         return "is a folder of runs, not one of them", f"name one, such as {folder / 'latest'}"
     return text, fix
 

@@ -220,6 +220,8 @@ def transform_kind(spec: DataSpec) -> str:
 def pick_device(name: str, ranks: Ranks = ALONE) -> torch.device:
     """The device asked for, or the best there is; of several ranks each has a GPU of its own.
 
+    A GPU becomes the process's current one, for whatever else it does.
+
     Raises:
         MachineError: `env.no_device`: asked for by name and not here; never a silent CPU.
     """
@@ -263,10 +265,14 @@ def _check_trainable(prepared: Prepared) -> None:
     text = f"batch size {size} with {norms} batch-normalisation layers that are trained"
     fix = "set train.batch_size to 2 or more"
     if size > 1:
-        text += f" leaves the last of {count:,} photographs a batch of its own, with nothing to be "
-        text += "normalised by"
+        text += (
+            f" leaves the last of {count:,} photographs a batch of its own, normalised by itself"
+        )
         others = (*range(size - 1, 1, -1), *range(size + 1, size + count + 2))
-        fix = f"set train.batch_size: {next(k for k in others if count % k != 1)}"
+        other = next((k for k in others if count % k != 1), None)
+        fix = (
+            f"set train.batch_size: {other}" if other else "give it more photographs to learn from"
+        )
     place = prepared.recipe.place("train.batch_size")
     raise RecipeError.of("train.batch_norm", place, text, fix)
 

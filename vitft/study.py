@@ -11,6 +11,7 @@ goes on where it was stopped. Out come study.html with one plot, and study.csv.
 import argparse
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -114,7 +115,7 @@ def load(path: Path, *, full: bool = False) -> Plan:
     try:
         document = strict_yaml.read(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        near = None if path.exists() else instead(path)[1]
+        near = None if os.path.lexists(path) else instead(path)[1]  # noqa: PTH110
         fix = f"did you mean {near}?" if near else "name a study of recipes/studies/"
         text = f"cannot be read: {getattr(error, 'strerror', None) or error}"
         raise RecipeError.of("study.file", path, text, fix) from None
