@@ -355,6 +355,7 @@ def _identity(model: Path, device: torch.device) -> dict[str, object]:
         "device": device.type,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "columns": 2,  # `sure` is empty where no threshold was asked for, no longer yes
     }
 
 

@@ -424,7 +424,9 @@ class TrainSpec(Section):
         default=0.0, description="Share of patches left out in training (full)."
     )
     checkpoint_minutes: NotNegative = Field(
-        default=5.0, description="Time between checkpoints inside an epoch; 0: after every step."
+        default=5.0,
+        description="Most time between checkpoints; each epoch ends with one, unless writing them "
+        "takes over 5 % of the time; 0: after every step.",
     )
 
 

@@ -231,9 +231,10 @@ class Trainer:
         return self.spec.checkpoint_minutes * 60
 
     def _worth_saving(self) -> bool:
-        """At an epoch's end, unless epochs are so short that writing would take most of the time.
+        """At an epoch's end, unless writing takes long, and a twentieth of the time since the last.
 
-        The last epoch is always kept, as what comes after training may be killed, too.
+        Then `checkpoint_minutes` go by first. The last epoch is always kept, as what comes after
+        training may be killed, too.
         """
         last = self.state.epoch == self.spec.epochs or self._no_patience_left()
         cheap = self.cost < QUICK or self.cost < SHARE * self._since_saved()

@@ -124,7 +124,7 @@ def measure(
     train_x, val_x, test_x = (x[p.index.rows(split)] for split in ("train", "val", "test"))
     ours = doubt.fit_foreign(train_x, val_x, val.logits, seed=seed)
     ways = dict(zip(SCORES, scores(ours), strict=True))
-    limits = {way: limit(score(val_x, val.logits)) for way, score in ways.items()}
+    limits = {way: doubt.limit_of(score(val_x, val.logits)) for way, score in ways.items()}
     out: dict[str, Any] = {"flowers": len(test_x), "accuracy": _accuracy(test), "sources": {}}
     out["alarms"] = {w: _above(s(test_x, test.logits), limits[w]) for w, s in ways.items()}
     for source, files in given.items():
@@ -145,12 +145,6 @@ def scores(ours: doubt.Foreign) -> Iterator[Any]:
     yield lambda x, _: ours.distance(x)
     yield lambda _, logits: -np.logaddexp.reduce(logits.astype(np.float64), axis=1)
     yield lambda _, logits: -stats.softmax(logits).max(axis=1)
-
-
-def limit(ordinary: Floats) -> float:
-    """As `doubt.fit_foreign` sets it."""
-    rank = min(int(np.ceil((1 - doubt.ALARMS) * (len(ordinary) + 1))), len(ordinary))
-    return float(np.sort(ordinary)[rank - 1])
 
 
 def of_pictures(p: Prepared, files: list[Path]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

@@ -42,7 +42,11 @@ LEADS = {  # script -> how the rows begin that README shows
         "batches from JPEGs per core, 3 %",
     ),
     "finetune": ("fine-tuned",),
-    "foreign": ("pictures of other subjects called foreign (opencv-doc", "test flowers"),
+    "foreign": (
+        "pictures of other subjects called foreign (tuxpaint",
+        "pictures of other subjects called foreign (other",
+        "test flowers",
+    ),
     "memory": ("memory of a whole run, 100,000", "memory of predicting, 100,000"),
     "planted": ("recall of the labels", "precision of the labels"),
     "probe_sweep": ("45 strengths",),
