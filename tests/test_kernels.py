@@ -98,6 +98,40 @@ def test_a_rows_bits_do_not_depend_on_its_place(name, threads):
             assert torch.equal(in_fixed_shape(net, x.roll(shift, 0)), first.roll(shift, 0))
 
 
+def test_few_rows_of_one_token_have_the_bits_of_many(threads):
+    """A head, and what the last block computes for the class token, of one picture alone."""
+    x, weight, bias = rand(kernels.ROWS, 1, 384), rand(1536, 384), rand(1536)
+    for product in (F.linear, kernels.linear_gelu):
+        for rows in (x, x[:, 0]):
+            with torch.no_grad(), kernels.fast_linear(CPU, heads=True):
+                every = product(rows, weight, bias)
+                for n in (1, 2, kernels.ROWS - 1):
+                    assert torch.equal(product(rows[:n], weight, bias), every[:n])
+
+
+def test_gradients_of_few_rows_are_torchs_own(threads):
+    x = rand(3, 1, 192).requires_grad_()
+    for weight in (rand(256, 192), rand(256, 192).requires_grad_()):
+        wanted = torch.autograd.grad(F.linear(x, weight).square().sum(), x)
+        with kernels.fast_linear(CPU):
+            got = torch.autograd.grad(F.linear(x, weight).square().sum(), x)
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-3)
+
+
+def test_one_picture_through_our_backbone_has_the_bits_of_a_full_batch():
+    """With several threads; with one, torch takes another library for a single picture."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        net = create_model("vitflower_s14", img_size=112, depth=2, num_classes=3).eval()
+        x = rand(fixed_batch(CPU), 3, 112, 112)
+        with torch.inference_mode(), kernels.fast_linear(CPU, heads=True):
+            alone = net(x[:1])
+            assert torch.equal(alone, in_fixed_shape(net, x)[:1])
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_autocast_keeps_its_dtype(convolutions):
     with kernels.fast_linear(CPU), torch.autocast("cpu", torch.bfloat16):
         assert F.linear(rand(16, 5, 192), rand(256, 192)).dtype == torch.bfloat16

@@ -18,6 +18,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
 
 
+ROWS = 8  # of one token that are computed together at least, so that none depends on their number
+
+
 def fast_linear(device: torch.device, *, heads: bool = False) -> AbstractContextManager[Any]:
     """While it is entered, linear layers run through oneDNN.
 
@@ -139,8 +142,15 @@ def _as_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 def _over_pictures(
     convolve: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor
 ) -> Tensor:
-    """[B, ..., D] -> [B, ..., E]; each of the B is a picture of one column."""
+    """[B, ..., D] -> [B, ..., E]; each of the B is a picture of one column.
+
+    A few pictures of one row, as heads and class tokens are, go beside copies: oneDNN sums one
+    such row alone in another order than `ROWS` of them.
+    """
     batch, width = len(x), x.shape[-1]
+    if batch < ROWS and x.numel() == batch * width:
+        beside = torch.cat([x, x[:1].expand(ROWS - batch, *x.shape[1:])])
+        return _over_pictures(convolve, beside, weight)[:batch]
     picture = x.reshape(batch, -1, 1, width).permute(0, 3, 1, 2)  # [B, D, T, 1], channels last
     y = convolve(picture, weight[:, :, None, None])  # [B, E, T, 1]
     return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], len(weight))
