@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
 
-
 ROWS = 8  # of one token that are computed together at least, so that none depends on their number
 
 

@@ -39,6 +39,7 @@ LEADS = {  # script -> how the rows begin that README shows
     "predict": ("one photograph", "128 photographs"),
     "loader": (
         "batches from JPEGs per core, the same pixels, second",
+        "batches from JPEGs per core, the same pixels, ten",
         "batches from JPEGs per core, 3 %",
     ),
     "finetune": ("fine-tuned",),
