@@ -525,7 +525,7 @@ def test_X14_runs_share_an_output_and_never_a_folder(probe, full, tmp_path, caps
     assert run.run(probe("seed=1")).folder != first.folder
     assert run.run(full("train.epochs=1")).folder != first.folder
     file = written(full(), tmp_path / "r.yaml")
-    for place, why in ((first.folder, "this run is finished"), (tmp_path / "no", "no such run")):
+    for place, why in ((first.folder, "this run is finished"), (tmp_path / "no", "no such file")):
         refused(
             capsys,
             main,
