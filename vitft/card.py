@@ -31,6 +31,7 @@ FORBIDDEN = {
     "checkpoint_path", "cache_dir", "model_name", "num_classes", "in_chans", "features_only",
     "scriptable", "exportable", "no_jit", "device", "dtype",
 }  # fmt: skip
+ONLY_OURS = frozenset({"pos_embed", "representation_size", "embed"})  # what timm's ViT has not
 LARGEST = 65_536  # of a whole number among the options
 OURS = "use a model.safetensors written by vitft, as it was written"
 

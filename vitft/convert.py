@@ -804,10 +804,8 @@ def advise(
     theirs, ours = anatomy(file), anatomy(model)
     if theirs and ours and theirs.words != ours.words:
         said, own = theirs.words, ours.words
-        if (theirs.patch, theirs.has_cnn) == (
-            ours.patch,
-            ours.has_cnn,
-        ):  # of the file, or resampled to the model's before
+        # the patch is the file's, or was resampled to the model's before
+        if (theirs.patch, theirs.has_cnn) == (ours.patch, ours.has_cnn):
             said, own = (words.partition(", patch")[0] for words in (said, own))
         name = "python -m vitft.weights inspect FILE names the model that fits"
         return f"the file is a ViT of {said}; the model has {own}; {name}"

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vitft import checkpoint, io, recipe, weights
-from vitft.card import KEY, OURS, text_of
+from vitft.card import KEY, ONLY_OURS, OURS, text_of
 from vitft.card import Card as Card
 from vitft.card import decode_of as decode_of
 from vitft.card import read as read_card
@@ -101,7 +101,7 @@ def timm_twin(card: Card) -> str:
     Raises:
         RecipeError: `export.as_timm`: the model uses what timm's class has not.
     """
-    ours = {"pos_embed", "representation_size", "embed"} & card.options.keys()
+    ours = ONLY_OURS & card.options.keys()
     twin = TIMM_TWINS.get(card.architecture)
     if not card.architecture.startswith("vitflower_"):
         return card.architecture

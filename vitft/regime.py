@@ -119,9 +119,8 @@ def precision(spec: TrainSpec, device: torch.device) -> torch.dtype | None:
         return named[spec.amp]
     if device.type != "cuda":
         return None
-    native = torch.cuda.is_bf16_supported(
-        including_emulation=False
-    )  # by itself it says yes to a T4
+    # without the argument it says yes to a T4, which only emulates it
+    native = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if native else torch.float16
 
 

@@ -33,7 +33,6 @@ from vitft.hybrid import RESNETS
 SPDX = re.compile(r"\b(MIT|Apache-2\.0|BSD-[23]-Clause|CC0-1\.0|CC-BY(?:-NC)?(?:-SA)?-4\.0)\b")
 
 OWN = "vitft's own, by its Card"
-ONLY_OURS = {"pos_embed", "representation_size", "embed"}  # what timm's ViT has not
 
 # what each project says of the weights it published; the file itself seldom does
 LICENCES = {
@@ -143,7 +142,7 @@ def inspect(path: Path) -> Inspection:
     said = _own_card(found)
     if said is not None:
         model, options = said.architecture, {"num_classes": len(said.classes)} | said.options
-        twin = "" if ONLY_OURS & options.keys() else TWINS.get(model, "")
+        twin = "" if cards.ONLY_OURS & options.keys() else TWINS.get(model, "")
     dtypes: dict[str, int] = {}
     for tensor in found.tensors.values():
         name = str(tensor.dtype).removeprefix("torch.")

@@ -33,6 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from record import Row, verdict, write
+from sklearn.metrics import roc_auc_score
 
 from vitft import doubt, features, io, learn, model, prepare, recipe, stats
 from vitft.findings import all_features
@@ -158,10 +159,8 @@ def of_pictures(p: Prepared, files: list[Path]) -> tuple[NDArray[np.float32], ND
 
 def auroc(strange: Floats, ordinary: Floats) -> float:
     """Chance that a foreign picture scores higher than a flower; a draw counts half."""
-    both = np.concatenate([strange, ordinary])
-    ranks = np.searchsorted(np.sort(both), both) + np.searchsorted(np.sort(both), both, "right")
-    n, m = len(strange), len(ordinary)
-    return float(((ranks[:n].sum() + n) / 2 - n * (n + 1) / 2) / (n * m))
+    foreign = np.repeat([1, 0], [len(strange), len(ordinary)])
+    return float(roc_auc_score(foreign, np.concatenate([strange, ordinary])))
 
 
 def _above(values: Floats, bar: float) -> float:
