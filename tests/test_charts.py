@@ -3,7 +3,7 @@
 from math import isfinite, nan
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from vitft.charts import BOTTOM, LEFT, LINE, RIGHT, TOP, WIDTH, Chart, Series, lay_out, stack, ticks
@@ -86,6 +86,7 @@ def test_a_chart_of_nothing_still_has_axes():
 
 
 @given(st.lists(st.tuples(st.floats(), st.floats()), max_size=6), st.booleans())
+@example([(5e-324, 0.0)], True)
 def test_any_numbers_are_drawn_inside_the_picture(points, x_log):
     points = [p for p in points if all(abs(v) < 1e100 or not isfinite(v) for v in p)]
     s = Series("s", x=[x for x, _ in points], y=[y for _, y in points], style="points")

@@ -244,7 +244,7 @@ def _log_axis(values: list[float]) -> tuple[Point, list[float]]:
     """Ends and ticks of a logarithmic axis: six powers of ten at most, or 1, 2, 5 of few."""
     low, high = (min(values), max(values)) if values else (0.1, 1.0)
     if low == high:
-        low, high = low / 10, high * 10
+        low, high = low / 10 or low, high * 10  # the least number has no tenth
     first, last = ceil(log10(low) - 1e-9), floor(log10(high) + 1e-9)
     stride = max(1, ceil((last - first + 1) / 6))
     if last - first < 2:
