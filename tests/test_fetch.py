@@ -7,12 +7,14 @@ import socket
 import tarfile
 import threading
 import time
+import urllib.error
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from far import serving
 
 from vitft import fetch, io
 from vitft.errors import BusyError, DataError, MachineError, RecipeError
@@ -267,7 +269,7 @@ def test_a_name_that_cannot_be_resolved_in_time_is_unreachable(monkeypatch):
         done.wait(5)
         raise OSError("no such name")
 
-    monkeypatch.setattr(fetch.urllib.request, "urlopen", hang)
+    monkeypatch.setattr(fetch, "connect", hang)
     start = time.monotonic()
     assert not fetch.reachable("example.org", timeout=0.2)
     assert time.monotonic() - start < 2
@@ -277,13 +279,12 @@ def test_a_name_that_cannot_be_resolved_in_time_is_unreachable(monkeypatch):
 def test_a_host_is_reachable_whatever_it_answers_and_a_url_only_if_it_is_there(server, monkeypatch):
     server.status = 403
     assert not fetch.reachable(server.url, timeout=2)
-    opened = fetch.urllib.request.urlopen
+    opened = fetch.connect
 
-    def plain(request: object, **options: object) -> object:
-        request.full_url = request.full_url.replace("https:", "http:")
-        return opened(request, **options)
+    def plain(url: str, **options: object) -> object:
+        return opened(url.replace("https:", "http:"), **options)
 
-    monkeypatch.setattr(fetch.urllib.request, "urlopen", plain)
+    monkeypatch.setattr(fetch, "connect", plain)
     assert fetch.reachable(f"127.0.0.1:{server.server_port}", timeout=2)
     server.status = 200
     assert fetch.reachable(server.url, timeout=2)
@@ -292,7 +293,15 @@ def test_a_host_is_reachable_whatever_it_answers_and_a_url_only_if_it_is_there(s
 def test_only_web_addresses_are_opened(monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     with pytest.raises(ValueError, match="not a web address: file:///etc/passwd"):
-        fetch._open(fetch.urllib.request.Request("file:///etc/passwd"), 1)
+        fetch.connect("file:///etc/passwd")
+
+
+def test_a_server_may_not_send_on_to_other_kinds_of_addresses(tmp_path):
+    with serving(tmp_path) as sly:
+        sly.elsewhere = "ftp://127.0.0.1"
+        with pytest.raises(urllib.error.HTTPError, match="302") as caught:
+            fetch.connect(sly.url("a.tar"))
+        caught.value.close()
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():

@@ -13,13 +13,17 @@ ROOMS = sorted(path.stem for path in VITFT.glob("*.py") if path.stem != "__init_
 FLOORS = (
     # words, numbers and plain values
     "errors stats kernels encode schema strict_yaml charts figures split threads resize",
-    # files in files, pixels in patches, keys beside keys
-    "containers patches kin conflicts",
+    # pixels in patches, keys beside keys
+    "patches kin conflicts",
     # files and what they hold
-    "io raw ranks convert tensorfile inputs folders table ledger recipe pages doubt trust evaluate "
+    "io ranks convert tensorfile inputs folders table ledger recipe pages doubt trust evaluate "
     "suspects hybrid trials",
+    # files elsewhere, files in files
+    "afar",
+    "containers",
+    "raw",
     "console images pictures weights checkpoint gallery unpack summary shards regime",
-    "sources photos progress",
+    "sources photos progress ahead",
     "workers step",
     # data, models and arrays
     "fetch pace store contents assign loaders vit model tune maps train sections cli answers",

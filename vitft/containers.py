@@ -1,19 +1,23 @@
-"""Pictures inside large files, read where they lie: tar shards and Arrow tables.
+"""Pictures inside large files, read where they lie: tar shards, also afar, and Arrow tables.
 
     shards/train-0000.tar/daisy_17.jpg         a member of a tar, found by its name
     plants/train/data-00000-of-00002.arrow/17  a row of a Hugging Face data set, by its number
 
 Such a path is a photograph's path everywhere else: nothing is unpacked, and reading is by position,
-in any order. Headers are read once per process and file; a process that forks hands them on.
+in any order. Headers are read once per process and file; a process that forks hands them on. Of a
+file afar (`vitft.afar`) they are read once and for all.
 """
 
+import json
 import os
 import tarfile
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import Any, cast
+from typing import IO, Any, cast
 
+from vitft import afar, io
 from vitft.errors import DataError, Fault, MachineError
 
 KINDS = (".tar", ".arrow")
@@ -58,9 +62,40 @@ def read(file: Path, name: str, limit: int) -> bytes | None:
         raise FileNotFoundError(2, "no such member", name)
     if span[1] > limit:
         return None
+    if afar.holds(file):
+        return afar.read(file, *span)
     with file.open("rb") as handle:
         handle.seek(span[0])
         return handle.read(span[1])
+
+
+def exists(path: Path) -> bool:
+    """Whether a photograph is there, as a file or in one."""
+    if path.is_file():
+        return True
+    found = locate(path)
+    if found is None or found[0].suffix.lower() == ".arrow":
+        return found is not None
+    return found[1] in members(found[0]).spans
+
+
+def piece(path: Path) -> tuple[Path, int]:
+    """The file afar that holds a picture, and the number of the piece in which it starts.
+
+    Raises:
+        FileNotFoundError: No such picture.
+    """
+    found = locate(path)
+    span = members(found[0]).spans.get(found[1]) if found else None
+    if found is None or span is None:
+        raise FileNotFoundError(2, "no such picture", str(path))
+    return found[0], span[0] // afar.PIECE
+
+
+def mark(path: Path) -> str:
+    """What tells a picture afar and its bytes from every other; empty for one that is here."""
+    found = locate(path) if afar.holds(path) else None
+    return f"{afar.identity(found[0])}:{found[1]}" if found else ""
 
 
 def members(file: Path) -> Tar:
@@ -71,8 +106,28 @@ def members(file: Path) -> Tar:
         DataError: `data.shard`: no tar, cut off, damaged in its midst, two tars in one file, a name
             twice, or one that leads out of it.
     """
+    if afar.holds(file):
+        return _far_members(file, afar.meant(file))
     status = file.stat()
     return _members(file, status.st_size, status.st_mtime_ns)
+
+
+@cache
+def _far_members(file: Path, far: afar.Far) -> Tar:
+    """Kept beside the stand-in: to read the headers of a tar is to read all of it."""
+    kept = file.with_name(f"{file.name}.members.json")
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        found = json.loads(kept.read_bytes())
+        if found["far"] == asdict(far):
+            spans = {str(name): (int(a), int(b)) for name, (a, b) in found["spans"].items()}
+            return Tar(spans, int(found["others"]))
+    tar = _members(file, far.size, 0)
+    io.write_json(kept, {"far": far, "spans": tar.spans, "others": tar.others})
+    return tar
+
+
+def _open(file: Path) -> IO[bytes]:
+    return afar.opened(file) if afar.holds(file) else file.open("rb")
 
 
 @cache
@@ -80,7 +135,7 @@ def _members(file: Path, size: int, changed: int) -> Tar:
     spans: dict[str, tuple[int, int]] = {}
     others = 0
     try:
-        with tarfile.open(file, "r:") as tar:
+        with _open(file) as handle, tarfile.open(fileobj=handle, mode="r:") as tar:
             for member in tar:
                 cast(Any, tar).members = []  # it would keep every header
                 if member.type not in REGULAR or member.issparse():
@@ -105,7 +160,7 @@ def _members(file: Path, size: int, changed: int) -> Tar:
 
 def _require_end(file: Path, start: int) -> None:
     """Only zeros may follow where reading stopped: tarfile stops at a damaged header in silence."""
-    with file.open("rb") as handle:
+    with _open(file) as handle:
         handle.seek(start)
         while block := handle.read(2**20):
             if block.strip(b"\0"):

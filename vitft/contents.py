@@ -2,7 +2,9 @@
 
 Decoding is what costs, so the verdict on good bytes is kept in the cache folder under their hash: a
 second scan reads and hashes only. The cache is never trusted without its checksum, and a refusal
-is never cached: it is cheap to find again, and the next library version may read the file.
+is never cached: it is cheap to find again, and the next library version may read the file. Of a
+photograph afar (`vitft.afar`) the hash is kept too, beside the mark of its file, and the scan goes
+without its bytes; whoever uses it later proves the hash.
 """
 
 import json
@@ -11,11 +13,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import PIL
 from PIL import features
 
-from vitft import __version__, images, io
+from vitft import __version__, afar, containers, images, io
 from vitft.console import warn
 from vitft.errors import Fault, VitftError
 from vitft.images import BadImage, DecodeSpec, Header
@@ -78,7 +81,7 @@ def examine(
     Yields:
         One Content per path, in order.
     """
-    memory = _Memory(spec, deep)
+    memory = _Memory(spec, deep, root)
     yield from timed_map(
         lambda path: _examine(root, path, memory),
         paths,
@@ -102,11 +105,14 @@ def _cores() -> int:
 
 
 def _examine(root: Path, path: str, memory: "_Memory") -> Content:
+    if (met := memory.met_afar(root / path)) is not None:
+        return Content(path, *met)
     try:
         data = images.read_bytes(root / path)
     except BadImage as error:
         return Content(path, "", None, error.faults[0])
     digest = sha256(data).hexdigest()
+    memory.note(root / path, digest)
     try:
         return Content(path, digest, memory.verdict(digest, data, root / path))
     except BadImage as error:
@@ -116,7 +122,7 @@ def _examine(root: Path, path: str, memory: "_Memory") -> Content:
 class _Memory:
     """Verdicts by content hash: those of earlier scans, and the new ones of this."""
 
-    def __init__(self, spec: DecodeSpec, deep: bool) -> None:
+    def __init__(self, spec: DecodeSpec, deep: bool, root: Path) -> None:
         self.spec = spec
         self.deep = deep
         libraries = [
@@ -127,6 +133,23 @@ class _Memory:
         self.file = io.cache_dir() / "verdicts" / f"{name}.json"
         self.known = load_verdicts(self.file)
         self.met: dict[str, Verdict] = {}
+        self.afar = root / "hashes.json" if afar.holds(root) else None
+        self.hashes = _load(self.afar) if self.afar else {}  # mark -> sha256
+        self.noted = False
+
+    def met_afar(self, file: Path) -> tuple[str, Verdict] | None:
+        """Hash and verdict of a photograph afar that an earlier scan read."""
+        digest = self.hashes.get(containers.mark(file)) if self.hashes else None
+        if digest is None or digest not in self.known:
+            return None
+        self.met[digest] = self.known[digest]
+        return digest, self.known[digest]
+
+    def note(self, file: Path, digest: str) -> None:
+        """Keeps the hash of a photograph afar."""
+        if self.afar is not None:
+            self.hashes[containers.mark(file)] = digest
+            self.noted = True
 
     def verdict(self, digest: str, data: bytes, place: Path) -> Verdict:
         found = self.known.get(digest)
@@ -136,6 +159,8 @@ class _Memory:
         return found
 
     def save(self) -> None:
+        if self.afar is not None and self.noted:
+            io.write_bytes(self.afar, _dump(self.hashes))
         if self.met.keys() <= self.known.keys():
             return
         known = {**load_verdicts(self.file), **self.met}  # another scan may have written meanwhile
@@ -154,18 +179,28 @@ def _judge(data: bytes, place: Path, spec: DecodeSpec, deep: bool) -> Verdict:
 
 def dump_verdicts(verdicts: dict[str, Verdict]) -> bytes:
     """The cache file: one line with the checksum, then JSON."""
-    rows = {k: [list(astuple(v.header)), v.peak, v.damage] for k, v in verdicts.items()}
-    body = json.dumps(rows, separators=(",", ":"), sort_keys=True).encode()
-    return MAGIC + sha256(body).hexdigest().encode() + b"\n" + body
+    return _dump({k: [list(astuple(v.header)), v.peak, v.damage] for k, v in verdicts.items()})
 
 
 def load_verdicts(file: Path) -> dict[str, Verdict]:
     """The verdicts of a cache file; none where it is missing, cut, altered or of another form."""
     try:
-        head, _, body = file.read_bytes().partition(b"\n")
-        if head != MAGIC + sha256(body).hexdigest().encode():
-            return {}
-        rows = json.loads(body).items()
+        rows = _load(file).items()
         return {k: Verdict(Header(*header), peak, damage) for k, (header, peak, damage) in rows}
-    except (OSError, ValueError, TypeError):
+    except (ValueError, TypeError):
         return {}
+
+
+def _dump(rows: dict[str, Any]) -> bytes:
+    body = json.dumps(rows, separators=(",", ":"), sort_keys=True).encode()
+    return MAGIC + sha256(body).hexdigest().encode() + b"\n" + body
+
+
+def _load(file: Path) -> dict[str, Any]:
+    try:
+        head, _, body = file.read_bytes().partition(b"\n")
+        if head == MAGIC + sha256(body).hexdigest().encode():
+            return dict(json.loads(body))
+    except (OSError, ValueError, TypeError):
+        pass
+    return {}

@@ -5,19 +5,17 @@ is unpacked before its sha256 is right.
 `HF_HUB_OFFLINE=1` or `VITFT_OFFLINE=1` means that the network is not touched at all.
 """
 
-import os
 import threading
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
-from typing import cast
 from urllib.parse import urlsplit
 
 from vitft import io
+from vitft.afar import connect, offline
 from vitft.console import say, track, warn
 from vitft.errors import MachineError, RecipeError, VitftError
 from vitft.unpack import Bounds, unpack
@@ -25,7 +23,6 @@ from vitft.unpack import Bounds, unpack
 STEP = 1_000_000  # bytes read at once, and per tick of the progress bar
 TRIES = 3  # attempts in a row that bring nothing before a download is given up
 PAUSE = 1.0  # seconds before the second attempt, doubled each time
-TRUE = {"1", "on", "yes", "true"}
 
 
 @dataclass(frozen=True)
@@ -121,11 +118,6 @@ def available(name: str, timeout: float = 10.0) -> bool:
     return cached(name) is not None or reachable(_known(name).url, timeout)
 
 
-def offline() -> bool:
-    """Whether the environment forbids the network."""
-    return any(os.environ.get(v, "").lower() in TRUE for v in ("HF_HUB_OFFLINE", "VITFT_OFFLINE"))
-
-
 def host(name: str) -> str:
     """The server that holds a named data set."""
     return urlsplit(_known(name).url).netloc
@@ -195,10 +187,8 @@ def _fill(name: str, archive: Archive, part: Path, timeout: float) -> None:
 
 def _receive(archive: Archive, part: Path, timeout: float) -> None:
     have = _size(part)
-    request = urllib.request.Request(archive.url, headers={"User-Agent": "vitft"})
-    if have:
-        request.add_header("Range", f"bytes={have}-")
-    with _open(request, timeout) as answer:
+    asked = {"Range": f"bytes={have}-"} if have else {}
+    with connect(archive.url, asked, timeout=timeout) as answer:
         offered = _offered(answer)
         if offered is not None and offered != archive.size:
             raise _wrong(archive, f"the server offers {offered:,} bytes")
@@ -245,20 +235,13 @@ def _wrong(archive: Archive, text: str) -> VitftError:
 
 def _answers(url: str, timeout: float, *, any_status: bool) -> bool:
     try:
-        with _open(urllib.request.Request(url, method="HEAD"), timeout):
+        with connect(url, method="HEAD", timeout=timeout):
             return True
     except urllib.error.HTTPError as error:
         error.close()
         return any_status
     except (OSError, HTTPException):
         return False
-
-
-def _open(request: urllib.request.Request, timeout: float) -> HTTPResponse:
-    # Only http and https: what a table in this file names, never file: or ftp:.
-    if urlsplit(request.full_url).scheme not in {"http", "https"}:
-        raise ValueError(f"not a web address: {request.full_url}")
-    return cast(HTTPResponse, urllib.request.urlopen(request, timeout=timeout))
 
 
 def _size(file: Path) -> int:

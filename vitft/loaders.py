@@ -4,12 +4,14 @@
     view      transform of an image, drawn from (seed, epoch, sha256 of the image)
     mixing    mixup and cutmix, drawn from (seed, epoch, step)
 
-Nothing else has a say: not the number of workers, not where an epoch was resumed, not the batch
-size (mixing apart), not what the training loop drew in between.
+Of photographs afar the order also goes by the pieces of their files (`vitft.ahead`). Nothing else
+has a say: not the number of workers, not where an epoch was resumed, not the batch size (mixing
+apart), not what the training loop drew in between.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from numpy.typing import NDArray
 from timm.data.mixup import Mixup
 from torch import Tensor
 
+from vitft import ahead
 from vitft.errors import DataError
 from vitft.inputs import derive_seed, epoch_rows, erase, normalise, seeded
 from vitft.photos import Photos
@@ -82,6 +85,7 @@ class Batches:
             pin=device.type == "cuda",
         )
         self._side = _side_stream(device)
+        self._afar = ahead.pieces(photos.files)
         if not len(self):
             text = f"{len(photos)} images make no batch of {batch_size}"
             raise DataError.of("data.no_batches", "data.root", text, "lower train.batch_size")
@@ -114,8 +118,17 @@ class Batches:
         """
         order = self._order(epoch) if rows is None else np.asarray(rows, dtype=np.int64)
         self._steps.plan(epoch, order, self.batch_size, range(start, self._count(len(order))))
-        for step, (x, y, which) in enumerate(self._ahead(self._pool.batches()), start):
-            yield self._finish(x, y, which, epoch, step)
+        with ExitStack() as stack:
+            reached: Callable[[int], None] | None = None
+            for step, (x, y, which) in enumerate(self._ahead(self._pool.batches()), start):
+                if self._afar is not None:  # with the first batch here, workers have been forked
+                    reached = reached or stack.enter_context(self._fetching(self._afar))
+                    reached(step - start)
+                yield self._finish(x, y, which, epoch, step)
+
+    def _fetching(self, held: ahead.Pieces) -> AbstractContextManager[Callable[[int], None]]:
+        steps = [np.array([row for _, row in keys], np.int64) for keys in self._steps]
+        return ahead.fetching(held, steps)
 
     def names(self, rows: Tensor) -> list[str]:
         """The files behind some rows, for error texts."""
@@ -132,7 +145,10 @@ class Batches:
         n = len(self.photos)
         if not self.shuffle:
             return np.arange(n, dtype=np.int64)
-        return epoch_rows(self.photos.labels, self.seed, epoch, balanced=self.balanced)
+        order = epoch_rows(self.photos.labels, self.seed, epoch, balanced=self.balanced)
+        if self._afar is None:
+            return order
+        return ahead.in_windows(order, self._afar, self.seed, epoch)
 
     # -- on the device --
 

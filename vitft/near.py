@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from vitft import features, model, offline, product, recipe
+from vitft import containers, features, model, offline, product, recipe
 from vitft.card import Card
 from vitft.console import say, warn
 from vitft.errors import VitftError
@@ -102,4 +102,4 @@ def _train_rows(run: Path, spec: recipe.Recipe) -> list[tuple[Path, str, str]]:
     if len(rows) > MOST:
         rows = [rows[i] for i in np.linspace(0, len(rows) - 1, MOST).astype(int)]
     found = ((root / row.get("path"), row.get("label"), row.get("sha256")) for row in rows)
-    return [row for row in found if row[0].is_file()]
+    return [row for row in found if containers.exists(row[0])]

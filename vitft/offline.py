@@ -8,11 +8,13 @@ console, the report and `metrics.json`.
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from vitft import fetch, model
-from vitft.errors import Fault, MachineError
+from vitft import afar, ahead, containers, fetch, model
+from vitft.console import say, track
+from vitft.errors import DataError, Fault, MachineError
 from vitft.recipe import Recipe
 
 SAMPLE = "sample:flowers"
@@ -78,16 +80,36 @@ def settle(recipe: Recipe, *, fallback: bool = True) -> Settled:
 
 
 def data_root(root: str) -> Path:
-    """The folder or CSV file behind `data.root`, downloaded where it must be.
+    """The folder or CSV file behind `data.root`, downloaded or looked up where it must be.
 
     Raises:
         MachineError: `env.unreachable`.
+        RecipeError, DataError: Of an address, as `afar.arrive`.
     """
+    if afar.is_far(root):
+        return _arrived(root)
     if root == SAMPLE:
         return BUNDLED / "flowers"
     if root in fetch.DATASETS:
         return fetch.dataset(root)
     return Path(root)
+
+
+def _arrived(root: str) -> Path:
+    """Looks files up, and reads their headers several at a time where nobody has before."""
+    folder, files = afar.arrive(root)
+    size = sum(far.size for far in files)
+    say(f"{root}: {len(files):,} files, {size / 1e9:,.2f} GB, read where they lie")
+    stand_ins = sorted(folder.rglob("*.tar"))
+
+    def look(file: Path) -> None:
+        with suppress(DataError):  # said together with all others when they are listed
+            containers.members(file)
+
+    with ThreadPoolExecutor(ahead.CONNECTIONS) as pool:
+        for _ in track(pool.map(look, stand_ins), len(stand_ins), "shards looked through"):
+            pass
+    return folder
 
 
 def base(root: str) -> Path:
@@ -96,14 +118,23 @@ def base(root: str) -> Path:
     Raises:
         MachineError: As `data_root`.
     """
+    if afar.is_far(root) and is_here(root):
+        return afar.place(root)
     found = data_root(root)
     return found if found.is_dir() else found.parent
+
+
+def owned(root: str) -> Path:
+    """What `data.root` names, where that is known to be here: no network is touched."""
+    return base(root) if afar.is_far(root) else data_root(root)
 
 
 def is_here(root: str) -> bool:
     """Whether `data.root` can be read without a network."""
     if root == SAMPLE:
         return True
+    if afar.is_far(root):
+        return afar.place(root).is_dir()
     place = fetch.cached(root) if root in fetch.DATASETS else Path(root)
     return place is not None and os.path.exists(place)  # noqa: PTH110  (False where not allowed)
 

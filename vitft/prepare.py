@@ -13,7 +13,7 @@ import torch
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import nn
 
-from vitft import __version__, data, model, offline, pace, tune
+from vitft import __version__, afar, data, model, offline, pace, tune
 from vitft.console import say, warn
 from vitft.errors import DataError, MachineError, RecipeError
 from vitft.evaluate import fixed_batch
@@ -153,7 +153,14 @@ def prepare(recipe: Recipe, *, fallback: bool = True, ranks: Ranks = ALONE) -> P
     device = ranks.agreed(lambda: pick_device(recipe.device, ranks))
     ranks.agreed(lambda: pace.precision(device, recipe.head.precision))
     settled, index = ranks.first_does(lambda: _settled(recipe, fallback))
+    ranks.agreed(lambda: _look_afar(settled.recipe, ranks))
     return ranks.agreed(lambda: _build(settled, index, device, ranks))
+
+
+def _look_afar(recipe: Recipe, ranks: Ranks) -> None:
+    """Each machine has stand-ins of its own for files on a server."""
+    if ranks.local == 0 and not ranks.first and afar.is_far(recipe.data.root):
+        offline.data_root(recipe.data.root)
 
 
 def _settled(recipe: Recipe, fallback: bool) -> tuple[offline.Settled, data.Index]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vitft import card as cards
-from vitft import images, io, offline, product, recipe, stats
+from vitft import containers, images, io, offline, product, recipe, stats
 from vitft.card import Card
 from vitft.console import track, warn
 from vitft.errors import DataError, VitftError, WeightsError
@@ -164,7 +164,7 @@ def _of_run(run: Path, classes: Sequence[str]) -> Evidence | None:
         text = f"its predictions.csv or recipe cannot be read ({type(error).__name__}: {error})"
         fix = "name photographs with --images"
         raise DataError.of("export.photographs", run, text[:300], fix) from None
-    if not files or not files[0].exists():
+    if not files or not containers.exists(files[0]):
         return None
     return Evidence(files, "", labels, np.asarray(stored))
 

@@ -81,7 +81,7 @@ ELSEWHERE = {  # what other trainers call our keys and values
     "gpu": "device",
 }
 _NOT_PATHS = {  # words with a meaning of their own
-    "data.root": re.compile(r"sample:.*|flower_photos"),
+    "data.root": re.compile(r"sample:.*|flower_photos|[A-Za-z][A-Za-z0-9+.-]*://.*"),
     "offline.data.root": re.compile(r"sample:.*|flower_photos"),
     "data.split": re.compile(r".*(?<!\.csv)(?<!\.CSV)", re.DOTALL),
     "data.fixes": re.compile(r".*(?<!\.csv)(?<!\.CSV)", re.DOTALL),

@@ -169,7 +169,7 @@ def _run(
 
 def _unfinished(p: Prepared, base: Path, resume: str | None) -> Path | None:
     """The folder that the run goes on in; None for a new one."""
-    root = offline.data_root(p.recipe.data.root)  # a CSV only names files, and owns no folder
+    root = offline.owned(p.recipe.data.root)  # a CSV only names files, and owns no folder
     if root.is_dir() and io.lies_in(base, root):
         text = f"the run would be written below the data, {root}"
         fix = "start it in another folder, or set output"

@@ -168,7 +168,8 @@ class DataSpec(Section):
     root: Text = Field(
         default="sample:flowers",
         description="Folder of class folders, a .csv file (path,label[,split,group]), "
-        "`flower_photos` (downloaded) or `sample:flowers` (in the package).",
+        "`flower_photos` (downloaded), `sample:flowers` (in the package), or the address of tar "
+        "shards (https://host/train-{00..31}.tar, hf://datasets/NAME/...), read where they lie.",
     )
     source: Literal["auto", "folder", "wds", "hfds"] = Field(
         default="auto",

@@ -6,7 +6,8 @@
 One pass over the headers and labels gives every picture a path of its own (`vitft.containers`), and
 from there on shards are a folder: each picture is hashed and decoded once, split exactly, drawn in
 any order and named in every error. A stream has none of that: it shuffles within a window, rounds
-its epochs, and passes over what it cannot decode. The price is the pass, and random reads.
+its epochs, and passes over what it cannot decode. The price is the pass, and random reads; afar
+(`vitft.afar`) the reads are not quite random (`vitft.ahead`).
 """
 
 import json
@@ -17,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from vitft import containers
+from vitft import afar, containers, io
 from vitft.errors import DataError, Fault
 from vitft.folders import EXTENSIONS, SPLIT_FOLDERS, Entry, Listing, check_root
 
@@ -31,6 +32,8 @@ def kind(root: Path) -> str:
 
     A root that may not be looked into is left to the reader of folders, which says so.
     """
+    if afar.holds(root):
+        return "wds"
     with suppress(PermissionError):
         if root.suffix.lower() == ".tar" and root.is_file():
             return "wds"
@@ -75,7 +78,8 @@ def read_shards(root: Path, source: str, *, split: str, extensions: Sequence[str
                 found, declared = _rows(file)
                 names = own or _agreed(file, names, declared)
             else:
-                found = _samples(file, (*EXTENSIONS, *extensions), ignored)
+                read = _far_samples if afar.holds(file) else _samples
+                found = read(file, (*EXTENSIONS, *extensions), ignored)
             for name, label in found:
                 entries.append(Entry(f"{relative}/{name}", label, sides.get(file, "")))
         except DataError as error:
@@ -231,6 +235,23 @@ def _samples(file: Path, accept: Sequence[str], ignored: Counter[str]) -> Iterat
             fix = "give each sample one picture and a .cls, a .json with `label`, or a folder"
             raise DataError.of("data.sample", file, text, fix)
         yield pictures[0], label
+
+
+def _far_samples(
+    file: Path, accept: Sequence[str], ignored: Counter[str]
+) -> Iterator[tuple[str, str]]:
+    """As `_samples`, kept beside the stand-in: labels lie all over a tar, between its pictures."""
+    kept, of = file.with_name(f"{file.name}.samples.json"), [afar.identity(file), *accept]
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        found = json.loads(kept.read_bytes())
+        if found["of"] == of:
+            ignored.update(found["ignored"])
+            return iter([(str(name), str(label)) for name, label in found["samples"]])
+    others: Counter[str] = Counter()
+    samples = list(_samples(file, accept, others))
+    io.write_json(kept, {"of": of, "samples": samples, "ignored": others})
+    ignored.update(others)
+    return iter(samples)
 
 
 def _label(file: Path, parts: dict[str, str]) -> str | None:
