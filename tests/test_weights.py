@@ -378,6 +378,58 @@ def test_C14_an_expanded_tensor_costs_its_stored_size_and_fails_by_shape(tmp_pat
     refused("ckpt.kind", lambda: weights.read(path), "w is sparse, quantised, complex or overlaps")
 
 
+def test_a_link_to_nowhere_is_not_called_near_to_itself(tmp_path):
+    path = tmp_path / "w.pth"
+    path.symlink_to("gone.pth")
+    refused(
+        "ckpt.missing", lambda: weights.read(path), "a link to gone.pth, where", fix="the file it"
+    )
+
+
+def test_a_run_folder_names_the_weights_in_it(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"x")
+    call = lambda: weights.read(tmp_path)  # noqa: E731
+    refused("ckpt.directory", call, "is a folder", fix="name one of its files: model/model.safet")
+
+
+def test_what_is_no_weights_says_what_it_is(tmp_path):
+    net = torch.nn.Linear(4, 3)
+    moments = torch.optim.AdamW(net.parameters())
+    net(torch.ones(1, 4)).sum().backward()
+    moments.step()
+    cases = [(moments.state_dict(), "no tensors by name: it is the state of an optimizer")]
+    cases += [({}, "no tensors by name: it is empty"), ({"a": 1}, "by name, only a$")]
+    for content, text in cases:
+        torch.save(content, tmp_path / "w.pth")
+        refused("ckpt.no_tensors", lambda: weights.read(tmp_path / "w.pth"), text)
+    np.savez(tmp_path / "w.npz", names=np.array(["daisy", "rose"]))
+    text = "array 'names' holds texts or dates, not numbers"
+    refused("ckpt.kind", lambda: weights.read(tmp_path / "w.npz"), text, fix="without it")
+
+
+def test_quantised_weights_are_called_so_and_a_scrap_is_not_taken_for_a_kind():
+    name = "blocks.0.attn.qkv.weight"
+    own = tiny().state_dict()[name]
+    half = {name: own.to(torch.int8)}
+    scaled = half | {f"{name}_scale": torch.ones(1)}
+    fault = refused("ckpt.architecture", lambda: weights.complete(scaled, tiny()), "1 of the")
+    assert fault.fix.startswith("the file is quantised")
+    fault = refused("ckpt.architecture", lambda: weights.complete(half, tiny()), "1 of the")
+    assert fault.fix == "name the model that these weights belong to"
+
+
+@pytest.mark.parametrize("name", ["base.blocks.0.qkv.lora_A.weight", "blocks.0.attn.qkv.lora_b"])
+def test_adapters_without_their_model_are_called_so(name):
+    fault = refused(
+        "ckpt.architecture", lambda: weights.complete({name: torch.zeros(3)}, tiny()), "0 of the"
+    )
+    assert fault.fix.startswith("looks like LoRA adapters, without the model they were made for")
+    whole = tiny().state_dict() | {name: torch.zeros(3)}
+    fix = "merge the LoRA adapters first"
+    refused("ckpt.unexpected_keys", lambda: weights.complete(whole, tiny()), "also holds", fix=fix)
+
+
 # --- weights that do not belong ------------------------------------------------------------------
 
 

@@ -751,6 +751,11 @@ def _size(size: Iterable[int]) -> str:
 # --- what went wrong -----------------------------------------------------------------------------
 
 _ADVICE = (  # (what did not fit, pattern, what to do)
+    (
+        "unexpected",
+        r".*\.(weight_scale(_inv)?|scales|qweight|qzeros|absmax|quant_map|SCB|zero_points?)",
+        "the file is quantised, of which nothing can be loaded: take the weights from before",
+    ),
     ("missing", r"blocks\.\d+\.norm1\.bias", "the file has RMSNorm: " + OWN_MODEL),
     ("unexpected", r"patch_embed\.backbone\..+", "a hybrid: see `vitft weights inspect` for it"),
     ("missing", r"patch_embed\.backbone\..+", "not a hybrid: leave model.embed out"),
@@ -765,10 +770,12 @@ _ADVICE = (  # (what did not fit, pattern, what to do)
     ("missing", r"cls_token", "no class token: class_token: false and global_pool: avg"),
     ("missing", r"reg_token", "no register tokens in the file: leave reg_tokens out"),
     ("missing", r"blocks\.\d+\.attn\.qkv\.bias", "no qkv bias in the file: qkv_bias: false"),
+    ("unexpected", r".*\.lora_\w+(\.\w+)*", "merge the LoRA adapters first, then save the model"),
     ("missing", r"norm\.weight", "the file has no final norm (InternViT, RADIO): " + OWN_MODEL),
 )
 
 _FAMILIES = (
+    (r".*\.lora_(a|b|A|B|down|up)(\.\w+)*", "LoRA adapters, without the model they were made for"),
     (r"(?:.*\.)?layer1\.0\.(conv1|bn1)\..+", "a ResNet"),
     (r"(?:.*\.)?layers\.\d+\.blocks\.\d+\.attn\..+", "a Swin Transformer"),
     (r"(?:.*\.)?stages\.\d+\.(blocks\.)?\d+\.(conv_dw|dwconv|gamma)\b.*", "a ConvNeXt"),
@@ -818,8 +825,9 @@ def advise(
         if theirs_is != ours_is:
             is_model = f"; the model is {ours_is}" if ours_is else ""
             return f"looks like {theirs_is or 'another architecture'}{is_model}"
+    whole = "patch_embed.proj.weight" in file  # what a scrap of a model lacks tells nothing
     for kind, pattern, text in _ADVICE:
-        names = missing if kind == "missing" else unexpected
+        names = missing * whole if kind == "missing" else unexpected
         if any(re.fullmatch(pattern, name) for name in names):
             return text.format(n=theirs.registers if theirs else 1)
     return ""

@@ -227,7 +227,8 @@ def _tell(report: LoadReport, path: Path) -> None:
     for name, why in report.dropped.items():
         reasons.setdefault(why, []).append(name)
     for why, names in reasons.items():
-        say(f"weights: left out {', '.join(names)}: {why}")
+        few = len(names) <= weights.SHOWN
+        say(f"weights: left out {', '.join(names) if few else weights.listed(names)}: {why}")
 
 
 def classifier_names(net: nn.Module) -> tuple[str, ...]:

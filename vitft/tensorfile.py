@@ -98,11 +98,15 @@ def _require_file(path: Path) -> None:
             "ckpt.permission", path, "may not be read by this user", "change its permissions"
         ) from None
     except (OSError, ValueError):
+        if path.is_symlink():
+            text = f"is a link to {path.readlink()}, where nothing is"
+            raise WeightsError.of("ckpt.missing", path, text, "name the file itself") from None
         near = _near(path)
         fix = f"did you mean {near}?" if near else "check the path"
         raise WeightsError.of("ckpt.missing", path, "there is no such file", fix) from None
     if stat.S_ISDIR(mode):
-        inside = sorted(p.name for p in path.iterdir() if p.suffix in _TENSOR_SUFFIXES)
+        found = [p for pattern in ("*", "*/*") for p in sorted(path.glob(pattern))]
+        inside = [str(p.relative_to(path)) for p in found if p.suffix in _TENSOR_SUFFIXES]
         fix = f"name one of its files: {', '.join(inside[:5])}" if inside else "name a file"
         raise WeightsError.of("ckpt.directory", path, "is a folder, not a file", fix)
     if not stat.S_ISREG(mode):
@@ -352,7 +356,14 @@ def _load_npz(path: Path) -> dict[str, Tensor]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             for name in archive.files:
-                out[name] = _tensor(archive[name])
+                array = archive[name]
+                if array.dtype.kind in "USMm":
+                    text = f"array {name!r} holds texts or dates, not numbers"
+                    fix = "save the weights alone, without it"
+                    raise WeightsError.of("ckpt.kind", path, text, fix)
+                out[name] = _tensor(array)
+    except WeightsError:
+        raise
     except Exception as e:  # of numpy, zipfile, zlib, ast and tokenize
         if "allow_pickle" in str(e):
             text = f"array {name!r} holds Python objects, which only running code can read"

@@ -147,7 +147,7 @@ def unwrap(
         content, key = content[chosen], None
     tensors = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
     if not tensors:
-        text = f"holds no tensors by name, only {', '.join(_cut(k) for k in content)[:200]}"
+        text = f"holds no tensors by name{_only_these(content)}"
         raise WeightsError.of("ckpt.no_tensors", place, text, "name the file with the weights")
     return _peel(tensors, notes)
 
@@ -166,6 +166,12 @@ def _container(content: Mapping[Any, Any], key: str | None, ema: bool, place: ob
     if any(isinstance(v, Tensor) for v in content.values()) or not held:
         return None
     return _only(held, place)
+
+
+def _only_these(content: Mapping[Any, Any]) -> str:
+    if {"state", "param_groups"} <= content.keys():
+        return ": it is the state of an optimizer"
+    return f", only {', '.join(_cut(k) for k in content)[:200]}" if content else ": it is empty"
 
 
 def _only(held: list[str], place: object) -> str:
@@ -434,7 +440,7 @@ def load_for(
     left_out: dict[str, list[str]] = {}
     for name, why in fitted.dropped.items():
         left_out.setdefault(why, []).append(name)
-    lines = [f"left out {_list(names)}: {why}" for why, names in left_out.items()]
+    lines = [f"left out {listed(names)}: {why}" for why, names in left_out.items()]
     held = {t.dtype for t in fitted.state.values()} - {t.dtype for t in model.state_dict().values()}
     if held:
         kinds = ", ".join(sorted(str(d).removeprefix("torch.") for d in held))
@@ -527,16 +533,16 @@ class _Mismatch:
         common = sum(name in self.model_state for name in self.state)
         if 2 * common < len(self.model_state):
             text = f"{common} of the model's {len(self.model_state)} tensors are in the file"
-            text += f"; missing {_list(self.missing)}"
-            text += f"; unexpected {_list(self.unexpected)}" if self.unexpected else ""
+            text += f"; missing {listed(self.missing)}"
+            text += f"; unexpected {listed(self.unexpected)}" if self.unexpected else ""
             fix = cause or "name the model that these weights belong to"
             return [Fault("ckpt.architecture", place, text, fix)]
         fix = cause or "use the file that belongs to this model, whole"
         return [
             Fault(id, place, text, fix)
             for id, names, text in (
-                ("ckpt.missing_keys", self.missing, f"lacks {_list(self.missing)}"),
-                ("ckpt.unexpected_keys", self.unexpected, f"also holds {_list(self.unexpected)}"),
+                ("ckpt.missing_keys", self.missing, f"lacks {listed(self.missing)}"),
+                ("ckpt.unexpected_keys", self.unexpected, f"also holds {listed(self.unexpected)}"),
                 ("ckpt.shape", self.misshapen, self._shapes()),
                 ("ckpt.dtype", self.kinds, self._types()),
             )
@@ -567,7 +573,8 @@ def _cut(name: object) -> str:
     return text if len(text) <= 80 else f"{text[:60]}... ({len(text):,} characters)"
 
 
-def _list(names: Iterable[str]) -> str:
+def listed(names: Iterable[str]) -> str:
+    """Such as `5 tensors (a, b, c, and 2 more)`."""
     names = list(names)
     shown = ", ".join(_cut(n) for n in names[:SHOWN])
     return _more(f"{len(names):,} tensor{'s' * (len(names) != 1)} ({shown}", len(names)) + ")"
