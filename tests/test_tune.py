@@ -1,5 +1,7 @@
 """Few parameters are trained, no other one moves, and the product is a model like any other."""
 
+import importlib
+
 import pytest
 import timm
 import torch
@@ -180,6 +182,35 @@ def test_the_plan_counts_what_tuning_trains(tiny_recipe):
     every = sum(q.numel() for q in p.net.parameters())
     count = 2 * 5 * 32 + 3 * 32 + 3  # five norms and the head
     assert f"trainable parameters: {count:,} of {every:,}\n" in plan(p)
+
+
+HYBRID = ("model.name=vitflower_ti16", "model.options={depth: 2, embed_dim: 32, num_heads: 2}",
+          "model.embed.backbone=resnet10t", "model.embed.frozen=true")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [("train.blocks=1",), ("train.blocks=1", "train.tune=lora"), HYBRID,
+     (*HYBRID, "train.tune=bitfit"), (*HYBRID, "train.tune=lora")],
+)  # fmt: skip
+def test_the_plan_counts_what_will_be_trained(tiny_recipe, keys):
+    p = prepare(tiny_recipe("full", *keys, "train.epochs=1"))
+    said = next(line for line in plan(p).splitlines() if line.startswith("trainable parameters"))
+    trained = learn.learn(p, Hooks()).trained
+    assert said.split()[2] == trained.split(": ")[1].split()[0]
+
+
+def test_the_plan_of_kept_activations_runs_the_last_blocks_alone(tiny_recipe, monkeypatch):
+    monkeypatch.setattr(
+        importlib.import_module("vitft.prepare"), "_speed", lambda prepared: (0.1, 0.05)
+    )
+    cut = ("train.blocks=1", "train.views=1", "train.augment=plain", "train.init_head=probe")
+    p = prepare(tiny_recipe("full", "train.epochs=4", *cut))
+    n = {split: len(p.index.rows(split)) for split in ("train", "val", "test")}
+    once = (2 * n["train"] + 2 * n["val"] + n["test"]) / 0.1  # probe and activations; test
+    step = 1 / 0.05 - 0.5 / 0.1  # one of two blocks is not run through
+    seconds = once + 4 * (n["train"] * step + n["val"] * 0.5 / 0.1)
+    assert f"expected: {seconds / 60:.1f} minutes" in plan(p)
 
 
 def test_adapters_that_would_be_ignored_are_a_conflict(tiny_recipe):

@@ -4,9 +4,10 @@ All that can be wrong is found here, before time is spent, and said at once wher
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -298,19 +299,27 @@ def _trained_norms(prepared: Prepared, blocks: int | None) -> int:
     They stay in eval mode where the backbone is frozen, and where `train.tune` trains a few
     parameters only.
     """
-    recipe, net = prepared.recipe, prepared.net
-    if recipe.train.tune != "all":
+    if prepared.recipe.train.tune != "all":
         return 0
-    modes = [(module, module.training) for module in net.modules()]
-    trains = [(parameter, parameter.requires_grad) for parameter in net.parameters()]
-    model.choose_trained(net, blocks, frozen_cnn=frozen_cnn(recipe))
-    set_train_mode(net)
-    found = len(batch_norms(net))
+    modes = [(module, module.training) for module in prepared.net.modules()]
+    with _chosen(prepared, blocks):
+        set_train_mode(prepared.net)
+        found = len(batch_norms(prepared.net))
     for module, mode in modes:
         module.training = mode
-    for parameter, trained in trains:
-        parameter.requires_grad_(trained)
     return found
+
+
+@contextmanager
+def _chosen(prepared: Prepared, blocks: int | None) -> Iterator[None]:
+    """What training would leave trainable is trainable for a while, and all of it where few is."""
+    before = [(parameter, parameter.requires_grad) for parameter in prepared.net.parameters()]
+    model.choose_trained(prepared.net, blocks, frozen_cnn=frozen_cnn(prepared.recipe))
+    try:
+        yield
+    finally:
+        for parameter, trained in before:
+            parameter.requires_grad_(trained)
 
 
 def frozen_cnn(recipe: Recipe) -> bool:
@@ -376,18 +385,14 @@ def plan(prepared: Prepared) -> str:
     index, recipe = prepared.index, prepared.recipe
     sizes = {split: len(index.rows(split)) for split in ("train", "val", "test")}
     forward, step = _speed(prepared)
-    seconds = _seconds(recipe, sizes, forward, step)
+    seconds = _seconds(prepared, sizes, forward, step)
     counts = index.ledger.counts
     table = [
         f"  {name:<24} {counts[name].get('train', 0):>7} {counts[name].get('val', 0):>7} "
         f"{counts[name].get('test', 0):>7}"
         for name in index.classes
     ]
-    head = model.classifier(prepared.net)
     everything = sum(p.numel() for p in prepared.net.parameters())
-    trained = everything if recipe.mode == "full" else sum(p.numel() for p in head.parameters())
-    if recipe.mode == "full" and recipe.train.tune != "all":
-        trained = tune.planned(prepared.net, recipe.train)
     return "\n".join(
         [
             f"plan for {recipe.name} (mode {recipe.mode}, seed {recipe.seed})",
@@ -397,8 +402,7 @@ def plan(prepared: Prepared) -> str:
             f"{sizes['test']:>7}",
             f"model: {recipe.model.name}, weights {recipe.model.weights}, "
             f"input {prepared.config.size}",
-            f"trainable parameters: {trained:,} of {everything:,}"
-            + (f" (last {recipe.train.blocks} blocks: fewer)" if _fewer(recipe) else ""),
+            f"trainable parameters: {_trainable(prepared):,} of {everything:,}",
             f"measured on {MEASURED} photographs on {prepared.device}: {forward:.1f} images/s "
             "forward" + (f", {step:.1f} images/s training" if step else ""),
             f"expected: {seconds / 60:.1f} minutes without cached features",
@@ -406,8 +410,15 @@ def plan(prepared: Prepared) -> str:
     )
 
 
-def _fewer(recipe: Recipe) -> bool:
-    return recipe.train.blocks is not None and recipe.train.tune == "all"
+def _trainable(prepared: Prepared) -> int:
+    """How many parameters training will change; the model is left as it is."""
+    recipe, net = prepared.recipe, prepared.net
+    if recipe.mode != "full":
+        return sum(p.numel() for p in model.classifier(net).parameters())
+    if recipe.train.tune != "all":
+        return tune.planned(net, recipe.train, frozen_cnn=frozen_cnn(recipe))
+    with _chosen(prepared, recipe.train.blocks):
+        return model.trainable(net)
 
 
 def _speed(prepared: Prepared) -> tuple[float, float]:
@@ -424,17 +435,30 @@ def _speed(prepared: Prepared) -> tuple[float, float]:
     if prepared.recipe.mode != "full" and not online:
         return forward, 0.0
     started = time.perf_counter()
-    prepared.net(batch).sum().backward()
+    with nullcontext() if online else _chosen(prepared, prepared.recipe.train.blocks):
+        prepared.net(batch).sum().backward()
     prepared.net.zero_grad(set_to_none=True)
     return forward, len(batch) / (time.perf_counter() - started)
 
 
-def _seconds(recipe: Recipe, sizes: dict[str, int], forward: float, step: float) -> float:
+def _seconds(prepared: Prepared, sizes: dict[str, int], forward: float, step: float) -> float:
+    """Of the passes over photographs, from images/s as `_speed` gives them."""
+    recipe, spec = prepared.recipe, prepared.recipe.train
     rest = sizes["val"] + sizes["test"]
-    if step:
-        per_epoch = sizes["train"] / step + sizes["val"] / forward
-        return recipe.train.epochs * per_epoch + sizes["test"] / forward
-    return (sizes["train"] * kept_views(recipe) + rest) / forward
+    if not step:
+        return (sizes["train"] * kept_views(recipe) + rest) / forward
+    once = sizes["test"] / forward
+    if spec.init_head == "probe":
+        once += (sizes["train"] + sizes["val"]) / forward
+    part = 1.0  # of the model that an epoch runs through
+    if recipe.mode == "full" and spec.blocks is not None and spec.views != "online":
+        once += (sizes["train"] * spec.views + sizes["val"]) / forward
+        below = (1 - spec.blocks / len(cast(Any, prepared.net).blocks)) / forward
+        step, part = (
+            1 / max(1 / step - below, 1e-9),
+            spec.blocks / len(cast(Any, prepared.net).blocks),
+        )
+    return once + spec.epochs * (sizes["train"] / step + part * sizes["val"] / forward)
 
 
 def kept_views(recipe: Recipe) -> int:

@@ -64,15 +64,23 @@ def apply(net: nn.Module, spec: TrainSpec, *, seed: int) -> None:
     head.get_classifier().requires_grad_(True)
 
 
-def planned(net: nn.Module, spec: TrainSpec) -> int:
-    """How many parameters `apply` will leave trainable; the model stays as it is."""
+def planned(net: nn.Module, spec: TrainSpec, *, frozen_cnn: bool = False) -> int:
+    """How many parameters `apply` will leave trainable; the model stays as it is.
+
+    Args:
+        net: As `apply` takes it.
+        spec: The recipe's `train` section.
+        frozen_cnn: Whether those of a hybrid's CNN stay as they are all the same.
+    """
     blocks = _blocks(net)
     inside = blocks if spec.blocks is None else blocks[-spec.blocks :]
     head: Any = net
     trained: list[nn.Parameter] = list(head.get_classifier().parameters())
     if spec.tune != "lora":
+        cnn: Any = net.get_submodule("patch_embed.backbone") if frozen_cnn else nn.Module()
         trained += _small(net, inside, spec)
-        return sum({id(p): p.numel() for p in trained}.values())
+        counts = {id(p): p.numel() for p in trained}
+        return sum(counts.values()) - sum(counts.get(id(p), 0) for p in cnn.parameters())
     layers = _layers(inside, spec.lora_on)
     adapters = sum(spec.lora_rank * (m.in_features + m.out_features) for m in layers)
     return adapters + sum(p.numel() for p in trained)
