@@ -92,6 +92,41 @@ def test_a_run_may_start_from_the_probes_head_or_from_zero(tiny_recipe, mode):
     assert float(empty.net.head.weight.detach().abs().max()) < 1e-9
 
 
+@pytest.mark.parametrize("mode", ["full", "head"])
+def test_the_probe_that_training_began_from_is_told(tiny_recipe, caplog, mode):
+    caplog.set_level("INFO", logger="vitft")
+    still = ["train.init_head=probe", "train.lr=1e-12", "train.epochs=1", "head.views=1"]
+    learned = learn.learn(prepare(tiny_recipe(mode, *still)), learn.Hooks())
+    assert learned.probe_start == learned.best["val_accuracy"]  # nothing has moved
+    start = f"{100 * learned.probe_start:.1f} %"
+    assert f"the head starts from a linear probe: val accuracy {start}\n" in caplog.text
+    assert f"the model is that of epoch 1 of 1, val accuracy {start}\n" in caplog.text
+    assert "no epoch came up" not in caplog.text
+
+
+def test_a_training_that_falls_behind_the_probe_it_began_from_says_so(tiny_recipe, caplog):
+    caplog.set_level("INFO", logger="vitft")
+    wild = ["train.init_head=probe", "train.lr=3", "train.epochs=1"]
+    learned = learn.learn(prepare(tiny_recipe("full", *wild)), learn.Hooks())
+    assert learned.best["val_accuracy"] < learned.probe_start
+    start = f"{100 * learned.probe_start:.1f} %"
+    assert f"no epoch came up to the linear probe that training began from, {start}" in caplog.text
+
+
+def test_what_was_trained_is_counted_in_every_mode(tiny_recipe):
+    p = prepare(tiny_recipe("full", "train.epochs=1", "train.blocks=1"))
+    said = learn.learn(p, learn.Hooks()).trained
+    count = model.trainable(p.net)
+    assert said.startswith(f"train.tune all: {count:,} of ")
+    assert said.endswith(" %), in the last 1 of 2 blocks and behind them")
+    for mode, kind in (("full", "train.tune all"), ("head", "head"), ("probe", "head")):
+        p = prepare(tiny_recipe(mode, "train.epochs=1"))
+        learned = learn.learn(p, learn.Hooks())
+        every = sum(q.numel() for q in p.net.parameters())
+        count = every if mode == "full" else 3 * 32 + 3
+        assert learned.trained.startswith(f"{kind}: {count:,} of {every:,} parameters are trained")
+
+
 @pytest.mark.parametrize("mode", [["head"], ["head", "head.views=online"], ["full"]])
 def test_a_head_that_timm_draws_widely_starts_narrow(tiny_recipe, mode):
     """An EfficientNet's is drawn from +-1 / sqrt(3 classes); a ViT's stays as its seed drew it."""

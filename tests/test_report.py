@@ -13,12 +13,14 @@ from markup import Markup
 from PIL import Image
 from test_pages import HOSTILE, jpeg
 
-from vitft import report, sections
+from vitft import report, sections, writeup
 from vitft.charts import Chart, Series
 from vitft.evaluate import Predictions, score
 from vitft.gallery import Answers, Source
+from vitft.learn import Learned
 from vitft.ledger import Ledger, Refusal
-from vitft.pages import Gallery, Link, Photo, Section, Share, Table
+from vitft.pages import Gallery, Link, Photo, Section, Share, Table, percent
+from vitft.recipe import TrainSpec
 from vitft.stats import Interval
 
 FLOWERS = ("daisy", "rose", "tulip")
@@ -170,6 +172,38 @@ def test_epochs_give_loss_and_accuracy_curves():
     assert [s.name for s in loss.series] == ["training", "validation"]
     assert list(loss.series[0].x) == [1, 2, 3]  # epoch 4 has no finite number
     assert list(accuracy.series[0].y) == [0.5, 0.75, 1 - 0.5 / 3]
+
+
+def test_the_epoch_that_is_the_model_is_marked_and_both_kinds_of_weights_are_drawn():
+    best = {**EPOCHS[1], "chosen": True}
+    section = sections.training([EPOCHS[0], best, EPOCHS[2]], "Epoch 2.")
+    accuracy = section.blocks[0].charts[1]
+    assert section.summary == "Epoch 2."
+    assert accuracy.mark == (2, 0.75)
+    assert accuracy.caption == "The circle is the model."
+    both = [{**e, "val_accuracy_plain": 0.1, "val_accuracy_ema": 0.2} for e in EPOCHS]
+    series = sections.training(both).blocks[0].charts[1].series
+    assert [(s.name, s.y[0]) for s in series] == [("plain weights", 0.1), ("averaged weights", 0.2)]
+
+
+def told(best, done=3, epochs=3, start=None, **keys):
+    history = tuple({"epoch": e} for e in range(1, done + 1))
+    spec = TrainSpec(epochs=epochs, patience=2 if done < epochs else None)
+    return writeup.told(Learned(history, best, {}, None, probe_start=start, **keys), spec)
+
+
+def test_the_training_part_says_what_was_trained_and_which_epoch_is_the_model():
+    best = {"epoch": 2, "val_accuracy": 0.75, "weights": "plain"}
+    said = "The model has the weights of epoch 2 of 3, the best on validation photographs."
+    assert told(best) == said
+    assert told(best, trained="head: 15 of 99") == f"head: 15 of 99. {said}"
+    assert "has the averaged weights of epoch 2" in told({**best, "weights": "ema"})
+    early = "was to last 9 epochs, and ended as none was better for 2 (train.patience)."
+    assert told(best, epochs=9).endswith(early)
+    began = f" It began from a linear probe, {percent(0.75)} on the same photographs"
+    assert told(best, start=0.75).endswith(f"{began}.")
+    assert told(best, start=0.7501).endswith(f"{began}, which no epoch came up to.")
+    assert told({"strength": 1.0}, trained="head: 15 of 99") == "head: 15 of 99."
 
 
 def test_strengths_give_one_curve_with_the_chosen_one_marked():

@@ -23,7 +23,7 @@ from torch import nn
 
 from vitft import boundary, evaluate, features, model, train, tune
 from vitft.checkpoint import Snapshot
-from vitft.console import say
+from vitft.console import say, warn
 from vitft.errors import VitftError
 from vitft.evaluate import Predictions
 from vitft.features import Features
@@ -55,6 +55,8 @@ class Learned:
         train_views: Features [V, N, D] the head was trained on, where it was.
         rungs: Records of a ladder's steps.
         solved: `logistic` or `ridge`, where the head was solved rather than trained.
+        trained: How many parameters were trained, and of how many, in words.
+        probe_start: Share of val that the probe named rightly with which training began, if so.
     """
 
     history: tuple[dict[str, Any], ...]
@@ -64,6 +66,8 @@ class Learned:
     train_views: Features | None = None
     rungs: tuple[dict[str, Any], ...] = ()
     solved: str = ""
+    trained: str = ""
+    probe_start: float | None = None
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,7 @@ def require_frozen(p: Prepared, work: Callable[[], Learned]) -> Learned:
     learned = work()
     if model.backbone_fingerprint(p.net) != before:
         raise _changed(p, "the frozen backbone's")
-    return replace(learned, backbone_frozen=True)
+    return replace(learned, backbone_frozen=True, trained=tune.sentence(p.net, "head"))
 
 
 def _changed(p: Prepared, whose: str) -> VitftError:
@@ -167,18 +171,20 @@ def solve_head(p: Prepared, hooks: Hooks, kind: str) -> Learned:
 def train_head(p: Prepared, hooks: Hooks) -> Learned:
     """The head through the training loop, on cached views or through the backbone."""
     if p.recipe.head.views == "online":
-        _init_head(p, lambda: extract(p, "train"))
+        start = _init_head(p, lambda: extract(p, "train"))
         result = _fit_photos(p, hooks)
-        return Learned(result.history, result.best, {}, None)
+        _tell_kept(p, result, start)
+        return Learned(result.history, result.best, {}, None, probe_start=start)
     seen = {"val": extract(p, "val")}
     views = int(p.recipe.head.views)
     cached = extract(p, "train", views=views)
     if views == 1:
         seen["train"] = cached
     rows = view_batches(p, cached, p.recipe.seed)
-    _init_head(p, lambda: cached)
+    start = _init_head(p, lambda: cached)
     result = fit(p, model.classifier(p.net), rows, hooks, predict=of_head(p, seen["val"]))
-    return Learned(result.history, result.best, seen, None, cached)
+    _tell_kept(p, result, start)
+    return Learned(result.history, result.best, seen, None, cached, probe_start=start)
 
 
 def view_batches(
@@ -210,25 +216,41 @@ def fine_tune(p: Prepared, hooks: Hooks) -> Learned:
     tail = spec.views != "online" and spec.blocks is not None
     if tail:
         p.ranks.agreed(lambda: boundary.check_budget(p, int(spec.views)))
-    _init_head(p, lambda: extract(p, "train"))
-    _choose_trained(p)
+    start = _init_head(p, lambda: extract(p, "train"))
+    trained = _choose_trained(p)
     frozen = model.frozen_fingerprint(p.net)
     result = _fit_tail(p, hooks, int(spec.views)) if tail else _fit_photos(p, hooks)
     p.net.eval()
     if model.frozen_fingerprint(p.net) != frozen:
         raise _changed(p, "the frozen part's")
+    _tell_kept(p, result, start)
     _merge(p)
-    return Learned(result.history, result.best, {}, None)
+    return Learned(result.history, result.best, {}, None, trained=trained, probe_start=start)
 
 
-def _choose_trained(p: Prepared) -> None:
+def _tell_kept(p: Prepared, result: train.Result, start: float | None) -> None:
+    """Which epoch's weights the model has, and whether training was worth more than its start."""
+    kept = f"the model is that of epoch {result.best['epoch']} of {len(result.history)}, "
+    kept += "its averaged weights, " * (result.weights == "ema")
+    say(f"{kept}val accuracy {100 * result.best['val_accuracy']:.1f} %")
+    if start is not None and result.best["val_accuracy"] < start:
+        text = f"no epoch came up to the linear probe that training began from, {100 * start:.1f} %"
+        warn(f"{text} of val: lower train.lr, or be content with mode: probe")
+
+
+def _choose_trained(p: Prepared) -> str:
     """Adapters, biases or norms, and a hybrid's CNN or not; says how much that is."""
     spec = p.recipe.train
     if spec.tune != "all":
         tune.apply(p.net, spec, seed=derive_seed(p.recipe.seed, "lora"))
         if frozen_cnn(p.recipe):
             model.freeze_cnn(p.net)
-    say(tune.sentence(p.net, f"train.tune {spec.tune}"))
+    trained = tune.sentence(p.net, f"train.tune {spec.tune}")
+    if spec.blocks is not None:
+        trained += f", in the last {spec.blocks} of {len(cast(Any, p.net).blocks)} blocks"
+        trained += " and behind them"
+    say(trained)
+    return trained
 
 
 def _merge(p: Prepared) -> None:
@@ -258,33 +280,42 @@ def _fit_tail(p: Prepared, hooks: Hooks, views: int) -> train.Result:
     )
 
 
-def _init_head(p: Prepared, train_features: Callable[[], Features]) -> None:
-    """`fresh`: at random, narrow; `zero` clears it; `probe`: from the linear probe (LP-FT)."""
+def _init_head(p: Prepared, train_features: Callable[[], Features]) -> float | None:
+    """`fresh`: at random, narrow; `zero` clears it; `probe`: from the linear probe (LP-FT).
+
+    Returns:
+        Share of val that the probe names rightly; None without one.
+    """
     head, kind = model.classifier(p.net), p.recipe.train.init_head
     if kind == "fresh" and model.starts_wide(head):
         model.start_head(head, derive_seed(p.recipe.seed, "head"))
     if kind == "zero":
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
-    if kind == "probe":
-        from vitft import probe
+    if kind != "probe":
+        return None
+    from vitft import probe
 
-        train_rows, val = train_features(), extract(p, "val")
-        spec = p.recipe.probe
-        solved = p.ranks.first_does(
-            lambda: probe.logistic_path(
-                train_rows.x[0],
-                train_rows.y,
-                val.x[0],
-                val.y,
-                classes=len(p.index.classes),
-                strengths=spec.strengths,
-                tol=spec.tol,
-                max_iter=spec.max_iter,
-                device=p.device,
-            )
+    train_rows, val = train_features(), extract(p, "val")
+    spec = p.recipe.probe
+    solved = p.ranks.first_does(
+        lambda: probe.logistic_path(
+            train_rows.x[0],
+            train_rows.y,
+            val.x[0],
+            val.y,
+            classes=len(p.index.classes),
+            strengths=spec.strengths,
+            tol=spec.tol,
+            max_iter=spec.max_iter,
+            device=p.device,
         )
-        model.set_head(p.net, torch.as_tensor(solved.weight), torch.as_tensor(solved.bias))
+    )
+    model.set_head(p.net, torch.as_tensor(solved.weight), torch.as_tensor(solved.bias))
+    chosen = next(r for r in solved.table if r["strength"] == solved.strength)
+    right: float = chosen["val_accuracy"]
+    say(f"the head starts from a linear probe: val accuracy {100 * right:.1f} %")
+    return right
 
 
 def fit(

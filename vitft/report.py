@@ -37,6 +37,7 @@ class Page:
         ledger: What became of every file.
         history: One record for each epoch (epoch, train_loss, val_loss, val_accuracy, lr, seconds)
             or each tried strength (strength, val_accuracy, maybe `chosen`).
+        told: What was trained and which epoch is the model, in sentences.
         reproduce: `command` and names -> values; a mapping inside is flattened.
         split: Which photographs were scored, in the reader's words.
         subtitle: Small print beside the title: date, model.
@@ -57,6 +58,7 @@ class Page:
     source: Source
     ledger: Ledger
     history: History = ()
+    told: str = ""
     reproduce: Mapping[str, object] = field(default_factory=dict)
     split: str = "test"
     subtitle: str = ""
@@ -253,7 +255,7 @@ def _sections(page: Page, made: dict[int, Photo]) -> Iterator[Section]:
     wrong = gallery.mistakes(page.answers, page.classes, made, page.mistakes)
     parts = [
         sections.photographs(page.ledger),
-        sections.training(page.history),
+        sections.training(page.history, page.told),
         sections.confusion(page.scores, page.classes),
         sections.per_class(page.scores),
         Section(

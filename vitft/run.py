@@ -316,6 +316,8 @@ def _write_numbers(
             | {"confusion_matrix": scores.confusion.tolist()},
             "trust": found.as_dict(),
             "best": learned.best,
+            "trained": learned.trained,
+            "probe_start": learned.probe_start,
             "ladder": list(learned.rungs),
             "backbone_frozen": learned.backbone_frozen,
             "warnings": list(p.warnings),

@@ -55,13 +55,17 @@ def photographs(ledger: Ledger) -> Section:
     return Section("photographs", "The photographs", blocks=(chart,), folded=False)
 
 
-def training(history: History) -> Section:
-    """Curves over epochs, or accuracy over the strengths tried; no blocks without records."""
+def training(history: History, told: str = "") -> Section:
+    """Curves over epochs, or accuracy over the strengths tried; no blocks without records.
+
+    Args:
+        history: As `report.Page` has it.
+        told: What was trained and which epoch is the model, in sentences.
+    """
     if any("strength" in record for record in history):
-        return Section(
-            "training", "Choosing the strength", blocks=(_strengths(history),), folded=False
-        )
-    accuracy = _curve(history, "epoch", "val_accuracy", "validation")
+        strengths = (_strengths(history),)
+        return Section("training", "Choosing the strength", told, strengths, folded=False)
+    accuracy = _accuracies(history)
     losses = [
         _curve(history, "epoch", "train_loss", "training"),
         _curve(history, "epoch", "val_loss", "validation"),
@@ -70,17 +74,28 @@ def training(history: History) -> Section:
     if any(s.y for s in losses):
         series = tuple(s for s in losses if s.y)
         charts.append(Chart("Loss", series, x_label="epoch"))
-    if accuracy.y:
+    if accuracy[0].y:
+        best = _curve([r for r in history if r.get("chosen")], "epoch", "val_accuracy", "chosen")
         charts.append(
             Chart(
                 "Accuracy on validation photographs",
-                (accuracy,),
+                accuracy,
                 x_label="epoch",
                 percent=True,
+                mark=(best.x[0], best.y[0]) if best.y else None,
+                caption="The circle is the model." if best.y else "",
             )
         )
     blocks = (Figure(tuple(charts)),) if charts else ()
-    return Section("training", "Training", blocks=blocks, folded=False)
+    return Section("training", "Training", told, blocks, folded=False)
+
+
+def _accuracies(history: History) -> tuple[Series, ...]:
+    """Of the weights as they are and, where it was kept, of their average."""
+    if not any("val_accuracy_ema" in record for record in history):
+        return (_curve(history, "epoch", "val_accuracy", "validation"),)
+    names = (("val_accuracy_plain", "plain weights"), ("val_accuracy_ema", "averaged weights"))
+    return tuple(_curve(history, "epoch", key, name) for key, name in names)
 
 
 def _strengths(history: History) -> Chart:

@@ -14,8 +14,9 @@ from vitft.explain import Looker, Overlays
 from vitft.findings import Findings, cost
 from vitft.gallery import Answers, Source, shrink, worst
 from vitft.learn import Learned
-from vitft.pages import Photo
+from vitft.pages import Photo, percent
 from vitft.prepare import Prepared, environment
+from vitft.recipe import TrainSpec
 from vitft.report import Page
 
 SMALL = 64  # pixels of a neighbour
@@ -55,7 +56,8 @@ def page(
         answers=answers,
         source=_source(p, found, answers),
         ledger=p.index.ledger,
-        history=learned.history,
+        history=tuple({"chosen": r == learned.best, **r} for r in learned.history),
+        told=told(learned, spec.train),
         reproduce=_reproduce(p, learned, found, folder, seconds),
         split=IN_WORDS[p.test_split],
         notes=notes(found),
@@ -67,6 +69,25 @@ def page(
         mistakes=spec.report.gallery,
         max_images=spec.report.max_images,
     )
+
+
+def told(learned: Learned, spec: TrainSpec) -> str:
+    """What was trained, which epoch is the model, and what it began from, in sentences."""
+    said = [f"{learned.trained}."] if learned.trained else []
+    if "epoch" not in learned.best:
+        return " ".join(said)
+    done, average = len(learned.history), learned.best["weights"] == "ema"
+    weights = "the averaged weights" if average else "the weights"
+    chosen = f"The model has {weights} of epoch {learned.best['epoch']} of {done}"
+    said.append(f"{chosen}, the best on validation photographs.")
+    if done < spec.epochs:
+        text = f"Training was to last {spec.epochs} epochs, and ended as none was better for "
+        said.append(f"{text}{spec.patience} (train.patience).")
+    if (start := learned.probe_start) is not None:
+        text = f"It began from a linear probe, {percent(start)} on the same photographs"
+        short = learned.best["val_accuracy"] < start
+        said.append(text + (", which no epoch came up to." if short else "."))
+    return " ".join(said)
 
 
 def _answers(p: Prepared, predictions: Predictions, found: Findings) -> Answers:
