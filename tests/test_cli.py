@@ -236,7 +236,10 @@ def test_a_command_is_its_module(capsys):
 
 # --- real processes -------------------------------------------------------------------------------
 
-STUB = "import types; sys.modules['vitft.vit'] = types.SimpleNamespace(VisionTransformer=None)\n"
+STUB = (
+    "import types\nfor name in ('vit', 'vitflower'):\n"
+    "    sys.modules[f'vitft.{name}'] = types.SimpleNamespace(VisionTransformer=None)\n"
+)
 # Whoever tests under nohup hands an ignored SIGHUP down to every child.
 PRELUDE = (
     "import sys, time, os, signal\nsignal.signal(signal.SIGHUP, signal.SIG_DFL)\n"

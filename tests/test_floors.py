@@ -14,7 +14,7 @@ FLOORS = (
     # words, numbers and plain values
     "errors stats kernels encode schema strict_yaml charts figures split threads resize",
     # pixels in patches, keys beside keys
-    "patches kin conflicts",
+    "patches positions blocks kin conflicts",
     # files and what they hold
     "io ranks convert tensorfile inputs folders table ledger recipe pages doubt trust evaluate "
     "suspects hybrid trials",
@@ -23,11 +23,11 @@ FLOORS = (
     "containers",
     "raw",
     "console images pictures weights checkpoint gallery unpack summary shards regime",
-    "sources photos progress ahead",
+    "sources photos progress ahead hosted",
     "workers step",
     # data, models and arrays
     "fetch pace store contents assign loaders vit model tune maps train sections cli answers",
-    "probe audit curve graph card",
+    "probe audit curve graph card vitflower",
     "data features product offline report cache hubpage twin",
     # a whole run
     "prepare proof near compare",
@@ -92,10 +92,13 @@ def test_only_the_graph_knows_onnx(room):
     assert room == "graph" or not packages(room) & {"onnx", "onnxruntime", "onnxscript"}
 
 
-def test_the_front_hall_imports_one_room():
+def test_the_front_hall_imports_the_model_and_its_names():
     found = ast.parse((VITFT / "__init__.py").read_text("utf-8"))
     lines = [ast.unparse(n) for n in ast.walk(found) if isinstance(n, ast.Import | ast.ImportFrom)]
-    assert lines == ["from vitft.vit import VisionTransformer as VisionTransformer"]
+    assert lines == [
+        "from vitft import vitflower as vitflower",
+        "from vitft.vit import VisionTransformer as VisionTransformer",
+    ]
 
 
 @pytest.mark.parametrize("room", ["recipe", "io", "errors", "table", "split"])

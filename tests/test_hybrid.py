@@ -11,7 +11,7 @@ from rows import card
 from safetensors.torch import save_file
 
 import vitft  # noqa: F401  (registers the names)
-from vitft import convert, graph, maps, model, product, twin, vit, weights
+from vitft import convert, graph, maps, model, product, twin, vitflower, weights
 from vitft.card import KEY, text_of
 from vitft.errors import RecipeError, WeightsError
 from vitft.hybrid import build_cnn, cnn_state
@@ -272,7 +272,7 @@ def test_google_npz_of_a_hybrid_equals_timms_reader(tmp_path, name, channels):
     assert convert.convert(weights.read(tmp_path / "w.npz")).layout == title
 
 
-@pytest.mark.parametrize("name", [k for k in vit.SIZES if "hybrid" in k])
+@pytest.mark.parametrize("name", [k for k in vitflower.SIZES if "hybrid" in k])
 def test_inspect_knows_every_hybrid_from_its_file(tmp_path, name):
     with torch.device("meta"):
         state = timm.create_model(name, num_classes=7).state_dict()

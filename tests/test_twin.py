@@ -12,7 +12,7 @@ from rows import TINY, make_product, network
 from safetensors.torch import save_file
 
 import vitft  # noqa: F401  (registers the names)
-from vitft import cli, convert, twin, vit, weights
+from vitft import blocks, cli, convert, twin, vitflower, weights
 from vitft.errors import RecipeError, WeightsError
 
 SMALL = {"depth": 2, "embed_dim": 32, "num_heads": 4, "patch_size": 8, "img_size": 32}
@@ -32,7 +32,7 @@ def file_of(path, name, *, rename=lambda k: k, extra=None, **options):
     return path
 
 
-@pytest.mark.parametrize("name", vit.SIZES)
+@pytest.mark.parametrize("name", vitflower.SIZES)
 def test_every_name_is_recognised_from_its_own_file(tmp_path, name):
     found = twin.inspect(file_of(tmp_path / "w.pth", name, num_classes=7))
     assert found.model == name
@@ -174,7 +174,7 @@ def test_check_says_when_timm_cannot_read_the_names(tmp_path):
 
 def test_check_measures_a_difference_where_there_is_one(tmp_path, monkeypatch):
     path = small(tmp_path / "w.pth")
-    monkeypatch.setattr(vit.Attention, "forward", lambda self, x: 0.9 * x)
+    monkeypatch.setattr(blocks.Attention, "forward", lambda self, x: 0.9 * x)
     found = twin.compare(path, "vitflower_b16", options=OVER)
     assert min(found.blocks) > 0.01
 

@@ -1,6 +1,7 @@
 """The ViT equals timm's own, name by name, and answers to everything timm asks of one."""
 
 import json
+import pickle
 
 import pytest
 import timm
@@ -13,9 +14,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import vitft  # noqa: F401  (registers the names)
+from vitft.blocks import Attention
 from vitft.errors import RecipeError
 from vitft.patches import PatchConv
-from vitft.vit import Attention, VisionTransformer, sincos2d
+from vitft.positions import sincos2d
+from vitft.vit import VisionTransformer
 
 TINY = {
     "img_size": 32,
@@ -461,6 +464,13 @@ def test_export_and_reload_through_timm_is_bit_equal(tmp_path):
         assert torch.equal(direct(x), ours(x))
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["architecture"] == "vitflower_b16"
+
+
+def test_a_pickled_model_comes_back_the_same():
+    ours = tiny(reg_tokens=2, pos_embed="learned2d")
+    again = pickle.loads(pickle.dumps(ours))
+    with torch.no_grad():
+        assert torch.equal(again(images()), ours(images()))
 
 
 def test_names_carry_the_preprocessing_of_their_weights():

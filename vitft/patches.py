@@ -1,7 +1,10 @@
-"""What every patch embedding has: sizes, the grid of tokens, and a kernel that can be resampled.
+"""From an image to tokens: it is cut into patches, and each is projected to the width.
 
-An image is cut into patches by `vit.PatchEmbed`, a CNN's feature map by `hybrid.HybridEmbed`. Both
-refuse what their tokens do not tile, and both change size the same way.
+In: normalised images [B, 3, S, S]. Out: tokens [B, P, D]. `PatchEmbed` cuts the image itself,
+`hybrid.HybridEmbed` a CNN's feature map. What both have comes first: sizes, the grid of tokens, a
+kernel that can be resampled, and a no to images that tokens do not tile. Shapes: see `vit`.
+
+Source: Dosovitskiy et al., 2021 (arXiv 2010.11929), section 3.1, equation 1.
 """
 
 from collections.abc import Sequence
@@ -9,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers._fx import register_notrace_module
 from timm.layers.patch_embed import resample_patch_embed
 from torch import Tensor, nn
 
@@ -135,3 +139,34 @@ def resampled(old: PatchConv, patch: Pair) -> PatchConv:
     new.weight.requires_grad_(old.weight.requires_grad)
     new.bias = old.bias
     return new.train(old.training)
+
+
+@register_notrace_module  # its size check branches on shapes, which torch.fx cannot follow
+class PatchEmbed(Embed):
+    """Cuts the image into patches and projects each to the width.
+
+    A convolution with kernel = stride = patch, on CUDA a matrix product (`PatchConv`).
+    """
+
+    def __init__(
+        self,
+        img_size: int | Sequence[int],
+        patch_size: int | Sequence[int],
+        in_chans: int,
+        width: int,
+        *,
+        bias: bool = True,
+        strict_img_size: bool = True,
+        **factory: Any,
+    ) -> None:
+        super().__init__(img_size, patch_size, strict_img_size)
+        self.grid_size = self.grid_of(self.img_size, self.patch_size)
+        self.proj = PatchConv(
+            in_chans, width, self.patch_size, self.patch_size, bias=bias, **factory
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, S, S] -> [B, P, D]."""
+        self.require(images)
+        x: Tensor = self.proj(images)  # [B, D, G, G]
+        return x.flatten(2).transpose(1, 2)  # [B, P, D]

@@ -24,7 +24,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from vitft import card as cards
-from vitft import convert, model, tensorfile, vit, weights
+from vitft import convert, model, tensorfile, vitflower, weights
 from vitft.card import Card
 from vitft.convert import Anatomy
 from vitft.errors import RecipeError, WeightsError, escape
@@ -190,7 +190,7 @@ def _fitting(
     """Name of ours, name in timm, and options; a model that is no ViT is sought by file name."""
     if sizes is None:
         return _named_like(found), "", {}
-    for name, size in vit.SIZES.items():
+    for name, size in vitflower.SIZES.items():
         depth, width, patch = size.get("depth", 12), size["embed_dim"], size["patch_size"]
         cnn = RESNETS[size["embed"]] if "embed" in size else None
         if sizes.has_cnn != (cnn is not None) or sizes.cnn != cnn:
@@ -233,7 +233,7 @@ def _named_like(found: weights.Checkpoint) -> str:
 
 def options_for(name: str, sizes: Anatomy, converted: convert.Converted) -> dict[str, Any]:
     """What a name must be built with so that a file of these sizes fits tensor by tensor."""
-    own = vit.SIZES[name]
+    own = vitflower.SIZES[name]
     classes = 0 if sizes.classes and not _reads_width(sizes, converted.state) else sizes.classes
     wanted: dict[str, tuple[Any, Any]] = {  # option: (of the file, of the name)
         "num_classes": (classes, None),
@@ -449,7 +449,7 @@ def _theirs(
     name: str, options: dict[str, Any], found: weights.Checkpoint, ours: nn.Module
 ) -> tuple[Any, str]:
     """timm's model with the file in it, by timm's own code where that can read the file."""
-    made = dict(vit.SIZES[name]) | options
+    made = dict(vitflower.SIZES[name]) | options
     for only_ours in ("representation_size", "embed", "embed_stage"):  # its name says the CNN
         made.pop(only_ours, None)
     if eps := made.pop("norm_eps", None):

@@ -380,7 +380,7 @@ def _heads(block: Any) -> int:
 
 
 def _activation(block: Any) -> str:
-    """As `vit.ACTIVATIONS` calls it; for others the name of the class."""
+    """As `blocks.ACTIVATIONS` calls it; for others the name of the class."""
     act = getattr(block.mlp, "act", None)
     kind = type(act).__name__
     if kind == "GELU" and getattr(act, "approximate", "none") == "tanh":
