@@ -13,7 +13,7 @@ from conftest import paint
 from PIL import Image
 from rows import COLOURS, CONFIG, TINY, card, contents, make_product, network, refused
 
-from vitft import doubt, export, graph, io, product, proof, recipe, variants
+from vitft import doubt, export, graph, io, product, proof, recipe, seals, variants
 from vitft.errors import MachineError, RecipeError, VitftError, WeightsError
 from vitft.evaluate import fixed_batch
 from vitft.export import Order, main, selftest
@@ -440,7 +440,7 @@ def test_the_selftest_finds_a_changed_file_a_changed_answer_and_no_export(
     told["images"][1]["probabilities"][0] += 0.01
     listed.write_text(json.dumps(told))
     (out / io.MANIFEST).unlink()
-    io._seal(out)
+    seals._seal(out)
     assert main(["--selftest", str(out)]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["same", "DIFFERS", "same"]
@@ -490,6 +490,6 @@ def test_a_card_that_cannot_be_is_refused_by_the_selftest(made, pictures, tmp_pa
     told["card"]["transform"]["size"] = [10**6, 10**6]
     (out / "export.json").write_text(json.dumps(told))
     (out / io.MANIFEST).unlink()
-    io._seal(out)
+    seals._seal(out)
     with pytest.raises(WeightsError, match=r"export.unreadable.*size \(1000000, 1000000\)"):
         selftest(out)

@@ -15,6 +15,11 @@ FLOORS = (
     "errors stats kernels encode schema strict_yaml charts figures split threads resize",
     # pixels in patches, keys beside keys
     "patches positions blocks kin conflicts",
+    # the disk, behind its door
+    "disk",
+    "files",
+    "logs moves",
+    "seals locks",
     # files and what they hold
     "io ranks convert tensorfile inputs folders table ledger recipe pages doubt trust evaluate "
     "suspects hybrid trials",

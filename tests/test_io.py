@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from vitft import encode, io
+from vitft import disk, encode, io
 from vitft.errors import BusyError, MachineError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -530,7 +530,7 @@ def test_a_dead_holder_whose_workers_are_leaving_is_waited_for(tmp_path):
 
 
 def test_without_file_locks_the_lock_file_itself_holds(tmp_path, monkeypatch):
-    monkeypatch.setattr(io, "fcntl", None)
+    monkeypatch.setattr(disk, "fcntl", None)
     with (
         io.lock(tmp_path, "x"),
         pytest.raises(BusyError, match="if it is surely gone: rm .*run.lock"),

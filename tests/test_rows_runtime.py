@@ -32,7 +32,7 @@ from test_faults import Witness, file_size_limit, temporaries
 from test_loaders import batches, equal, photos
 from test_train import network, trainer
 
-from vitft import checkpoint, features, io, keep, prepare, product, recipe, run, store
+from vitft import checkpoint, disk, features, io, keep, prepare, product, recipe, run, store
 from vitft.checkpoint import Snapshot
 from vitft.errors import MachineError, RecipeError
 from vitft.run import main
@@ -295,7 +295,7 @@ def test_C33_other_photographs_are_refused_and_going_on_anyway_is_recorded(
 
 
 def test_X1_a_run_without_room_is_refused_before_it_starts(full, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(io, "_free", lambda path: 1_000_000)
+    monkeypatch.setattr(disk, "free", lambda path: 1_000_000)
     with untouched(tmp_path / "photos"):
         refused(
             capsys,
