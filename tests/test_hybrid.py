@@ -21,7 +21,7 @@ from vitft.prepare import prepare
 from vitft.run import run
 
 SMALL = {"depth": 2, "img_size": 64, "num_classes": 5}
-HYBRIDS = {k: v for k, v in twin.TWINS.items() if "hybrid" in k}
+HYBRIDS = {k: v for k, v in vitflower.TWINS.items() if "hybrid" in k}
 ON_LITE = {"embed": "tf_efficientnet_lite0", "patch_size": 1, "embed_dim": 32, "num_heads": 2}
 
 

@@ -31,6 +31,7 @@ from vitft import io, predict, product, run
 from vitft.card import LIMIT, text_of
 from vitft.errors import DataError, VitftError, WeightsError
 from vitft.predict import Answer, Predictor, main, top
+from vitft.vitflower import TWINS
 
 
 @pytest.fixture
@@ -172,7 +173,9 @@ def test_P6_a_product_replaces_the_former_one_only_after_it_has_answered_alike(m
     assert [p.name for p in made.parent.iterdir()] == ["model"]
 
 
-@pytest.mark.parametrize("architecture", ["vitflower_ti16", "vitflower_s14", "vitflower_b32"])
+@pytest.mark.parametrize(
+    "architecture", ["vitflower_ti16", "vitflower_s14", "vitflower_b32", "vitflower_l32"]
+)
 def test_P6_a_product_for_plain_timm_answers_alike_too(tmp_path, architecture):
     options = {"img_size": 56, "embed_dim": 16, "depth": 1, "num_heads": 2, "patch_size": 14}
     net = product.timm.create_model(architecture, num_classes=3, **options).eval()
@@ -180,10 +183,14 @@ def test_P6_a_product_for_plain_timm_answers_alike_too(tmp_path, architecture):
     config = CONFIG.__class__((56, 56), (0.5,) * 3, (0.25,) * 3)
     product.save(net, tmp_path / "model", given, config, as_timm=True)
     again, found = product.load(tmp_path / "model")
-    assert found.architecture == product.TIMM_TWINS[architecture]
+    assert found.architecture == TWINS[architecture]
+    plain = product.timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True).eval()
+    assert type(plain).__module__ == "timm.models.vision_transformer"
+    assert (plain.num_classes, plain.pretrained_cfg["input_size"]) == (3, (3, 56, 56))
     x = torch.randn(2, 3, 56, 56)
     with torch.inference_mode():
-        torch.testing.assert_close(again(x), net(x), atol=1e-5, rtol=1e-5)
+        for filled in (again, plain):
+            torch.testing.assert_close(filled(x), net(x), atol=1e-5, rtol=1e-5)
 
 
 # --- predicting ---

@@ -36,7 +36,7 @@ def file_of(path, name, *, rename=lambda k: k, extra=None, **options):
 def test_every_name_is_recognised_from_its_own_file(tmp_path, name):
     found = twin.inspect(file_of(tmp_path / "w.pth", name, num_classes=7))
     assert found.model == name
-    assert found.twin == twin.TWINS.get(name, "")
+    assert found.twin == vitflower.TWINS.get(name, "")
     assert found.img_size == 224
     assert found.options == {"num_classes": 7}
     assert found.kind == "PyTorch"

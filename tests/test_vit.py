@@ -13,7 +13,7 @@ from timm.utils import AttentionExtract
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import vitft  # noqa: F401  (registers the names)
+from vitft import vitflower
 from vitft.blocks import Attention
 from vitft.errors import RecipeError
 from vitft.patches import PatchConv
@@ -73,6 +73,16 @@ def test_every_name_has_timms_keys_shapes_and_order_at_full_size(name):
     shapes = [(k, tuple(v.shape)) for k, v in ours.state_dict().items()]
     assert shapes == [(k, tuple(v.shape)) for k, v in twin.state_dict().items()]
     assert ours.blocks[0].attn.num_heads == twin.blocks[0].attn.num_heads
+
+
+def test_a_twin_eats_images_of_the_same_size():
+    assert TWINS.items() <= vitflower.TWINS.items()
+    sides = {
+        name: [timm.get_pretrained_cfg(n).input_size[-1] for n in (name, theirs)]
+        for name, theirs in vitflower.TWINS.items()
+    }
+    assert sides.pop("vitflower_s14") == [224, 518]  # timm has DINOv2's under one name alone
+    assert set(map(tuple, sides.values())) == {(224, 224)}
 
 
 @pytest.mark.parametrize("name", TWINS)

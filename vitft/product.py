@@ -25,26 +25,10 @@ from vitft.card import transform_of as transform_of
 from vitft.errors import Fault, RecipeError, VitftError, WeightsError
 from vitft.folders import no_run
 from vitft.inputs import InputConfig
+from vitft.vitflower import TWINS
 
 TABLES = "tables.safetensors"  # arrays that predict uses beside the weights
 NAME_A_RUN = "name a run folder or its model folder"
-
-# Where vitft is not installed: timm's architecture with the same names and shapes.
-TIMM_TWINS = {
-    "vitflower_ti16": "vit_tiny_patch16_224",
-    "vitflower_s16": "vit_small_patch16_224",
-    "vitflower_s14": "vit_small_patch14_dinov2",
-    "vitflower_b16": "vit_base_patch16_224",
-    "vitflower_b32": "vit_base_patch32_224",
-    "vitflower_l16": "vit_large_patch16_224",
-    "vitflower_l32": "vit_large_patch32_384",
-    "vitflower_h14": "vit_huge_patch14_224",
-    "vitflower_hybrid_r_ti16": "vit_tiny_r_s16_p8_224",
-    "vitflower_hybrid_r26_s32": "vit_small_r26_s32_224",
-    "vitflower_hybrid_r26_b32": "vit_base_r26_s32_224",
-    "vitflower_hybrid_r50_b16": "vit_base_r50_s16_224",
-    "vitflower_hybrid_r50_l32": "vit_large_r50_s32_224",
-}
 
 
 def save(
@@ -102,7 +86,7 @@ def timm_twin(card: Card) -> str:
         RecipeError: `export.as_timm`: the model uses what timm's class has not.
     """
     ours = ONLY_OURS & card.options.keys()
-    twin = TIMM_TWINS.get(card.architecture)
+    twin = TWINS.get(card.architecture)
     if not card.architecture.startswith("vitflower_"):
         return card.architecture
     if twin is None or ours:
@@ -214,12 +198,13 @@ def _rebuilt(card: Card, state: Mapping[str, Tensor], file: Path) -> nn.Module:
     if deepest > len(state):
         text = f"it says {deepest:,} layers, the file holds {len(state):,} tensors"
         raise WeightsError.of("ckpt.card", file, text, OURS)
-    sketch = _sketched(card, file)
-    if sketch is not None:
-        weights.check(weights.asked(state, sketch)[0], sketch, place=file)
-    net = _create(card, file)
-    state, _ = weights.asked(state, net.state_dict())
-    weights.check(state, net.state_dict(), place=file)
+    net, own = None, _sketched(card, file)
+    if own is None:
+        net = _create(card, file)
+        own = net.state_dict()
+    state, _ = weights.asked(state, own)
+    weights.check(state, own, place=file)
+    net = net or _create(card, file)
     net.load_state_dict(state)
     return net.eval()
 

@@ -24,11 +24,12 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from vitft import card as cards
-from vitft import convert, model, tensorfile, vitflower, weights
+from vitft import convert, model, tensorfile, weights
 from vitft.card import Card
 from vitft.convert import Anatomy
 from vitft.errors import RecipeError, WeightsError, escape
 from vitft.hybrid import RESNETS
+from vitft.vitflower import SIZES, TWINS
 
 SPDX = re.compile(r"\b(MIT|Apache-2\.0|BSD-[23]-Clause|CC0-1\.0|CC-BY(?:-NC)?(?:-SA)?-4\.0)\b")
 
@@ -190,7 +191,7 @@ def _fitting(
     """Name of ours, name in timm, and options; a model that is no ViT is sought by file name."""
     if sizes is None:
         return _named_like(found), "", {}
-    for name, size in vitflower.SIZES.items():
+    for name, size in SIZES.items():
         depth, width, patch = size.get("depth", 12), size["embed_dim"], size["patch_size"]
         cnn = RESNETS[size["embed"]] if "embed" in size else None
         if sizes.has_cnn != (cnn is not None) or sizes.cnn != cnn:
@@ -198,23 +199,6 @@ def _fitting(
         if (sizes.depth, sizes.width) == (depth, width) and sizes.patch in ((patch, patch), (0, 0)):
             return name, TWINS.get(name, ""), options_for(name, sizes, converted)
     return "", "", {}
-
-
-TWINS = {
-    "vitflower_ti16": "vit_tiny_patch16_224",
-    "vitflower_s16": "vit_small_patch16_224",
-    "vitflower_s14": "vit_small_patch14_dinov2",
-    "vitflower_b16": "vit_base_patch16_224",
-    "vitflower_b32": "vit_base_patch32_224",
-    "vitflower_l16": "vit_large_patch16_224",
-    "vitflower_l32": "vit_large_patch32_224",
-    "vitflower_h14": "vit_huge_patch14_224",
-    "vitflower_hybrid_r_ti16": "vit_tiny_r_s16_p8_224",  # 4 px per cell, 8 cells per token
-    "vitflower_hybrid_r26_s32": "vit_small_r26_s32_224",
-    "vitflower_hybrid_r26_b32": "vit_base_r26_s32_224",
-    "vitflower_hybrid_r50_b16": "vit_base_r50_s16_224",
-    "vitflower_hybrid_r50_l32": "vit_large_r50_s32_224",
-}
 
 
 def _named_like(found: weights.Checkpoint) -> str:
@@ -233,7 +217,7 @@ def _named_like(found: weights.Checkpoint) -> str:
 
 def options_for(name: str, sizes: Anatomy, converted: convert.Converted) -> dict[str, Any]:
     """What a name must be built with so that a file of these sizes fits tensor by tensor."""
-    own = vitflower.SIZES[name]
+    own = SIZES[name]
     classes = 0 if sizes.classes and not _reads_width(sizes, converted.state) else sizes.classes
     wanted: dict[str, tuple[Any, Any]] = {  # option: (of the file, of the name)
         "num_classes": (classes, None),
@@ -449,7 +433,7 @@ def _theirs(
     name: str, options: dict[str, Any], found: weights.Checkpoint, ours: nn.Module
 ) -> tuple[Any, str]:
     """timm's model with the file in it, by timm's own code where that can read the file."""
-    made = dict(vitflower.SIZES[name]) | options
+    made = dict(SIZES[name]) | options
     for only_ours in ("representation_size", "embed", "embed_stage"):  # its name says the CNN
         made.pop(only_ours, None)
     if eps := made.pop("norm_eps", None):

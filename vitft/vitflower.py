@@ -88,6 +88,23 @@ SIZES |= {
     )
 }
 
+# timm's architecture of the same names, shapes and image side; two hybrids have none there
+TWINS = {
+    "vitflower_ti16": "vit_tiny_patch16_224",
+    "vitflower_s16": "vit_small_patch16_224",
+    "vitflower_s14": "vit_small_patch14_dinov2",
+    "vitflower_b16": "vit_base_patch16_224",
+    "vitflower_b32": "vit_base_patch32_224",
+    "vitflower_l16": "vit_large_patch16_224",
+    "vitflower_l32": "vit_large_patch32_224",
+    "vitflower_h14": "vit_huge_patch14_224",
+    "vitflower_hybrid_r_ti16": "vit_tiny_r_s16_p8_224",  # 4 px per cell, 8 cells per token
+    "vitflower_hybrid_r26_s32": "vit_small_r26_s32_224",
+    "vitflower_hybrid_r26_b32": "vit_base_r26_s32_224",
+    "vitflower_hybrid_r50_b16": "vit_base_r50_s16_224",
+    "vitflower_hybrid_r50_l32": "vit_large_r50_s32_224",
+}
+
 
 def _read_file(pretrained: bool, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Reads an overlay's file through our own guard, which knows more kinds than timm's."""
