@@ -17,7 +17,8 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
 import vitft  # noqa: F401  (registers the names)
-from vitft import convert, twin, weights
+from vitft import convert, layouts, twin, weights
+from vitft.anatomy import anatomy
 from vitft.errors import WeightsError
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
@@ -186,7 +187,7 @@ def test_deit_with_distillation_is_a_register_token_and_reported():
         "took 'model' out of model",
         "the distillation token became the register token",
     )
-    assert match.dropped == dict.fromkeys(("head_dist.weight", "head_dist.bias"), convert.DISTILLED)
+    assert match.dropped == dict.fromkeys(("head_dist.weight", "head_dist.bias"), layouts.DISTILLED)
     with torch.no_grad():
         tokens = reference.forward_features(X)
         torch.testing.assert_close(model.forward_features(X), tokens, atol=1e-5, rtol=1e-5)
@@ -579,7 +580,7 @@ def test_hugging_face_deit_equals_transformers(tmp_path):
     for state in both_forms(reference, tmp_path):
         model = ours(mlp_ratio=2, norm_eps=1e-12, reg_tokens=1)
         match, _ = fill(model, state)
-        assert set(match.dropped.values()) == {convert.DISTILLED}
+        assert set(match.dropped.values()) == {layouts.DISTILLED}
         each_block(model, reference)
         with torch.no_grad():
             expected = reference(X).cls_logits
@@ -873,9 +874,9 @@ def test_names_outside_the_table_stay_and_are_listed():
 
 def test_anatomy_reads_sizes_from_shapes_alone():
     model = ours(reg_tokens=2, init_values=0.1, representation_size=24, img_size=48)
-    sizes = convert.anatomy(model.state_dict())
+    sizes = anatomy(model.state_dict())
     assert (sizes.width, sizes.depth, sizes.hidden, sizes.patch) == (32, 2, 128, (8, 8))
     assert (sizes.positions, sizes.registers, sizes.classes) == (39, 2, 5)
     assert (sizes.layer_scale, sizes.pre_norm, sizes.representation) == (True, False, 24)
     assert sizes.words == "2 blocks of width 32, patch 8"
-    assert convert.anatomy({"fc.weight": torch.ones(1)}) is None
+    assert anatomy({"fc.weight": torch.ones(1)}) is None

@@ -12,17 +12,17 @@ ROOMS = sorted(path.stem for path in VITFT.glob("*.py") if path.stem != "__init_
 
 FLOORS = (
     # words, numbers and plain values
-    "errors stats kernels encode schema strict_yaml charts figures split threads resize",
-    # pixels in patches, keys beside keys
-    "patches positions blocks kin conflicts",
+    "errors stats kernels encode schema layouts strict_yaml charts figures split threads resize",
+    # pixels in patches, keys beside keys, tensors by name
+    "patches positions blocks kin conflicts anatomy",
     # the disk, behind its door
     "disk",
     "files",
     "logs moves",
     "seals locks",
     # files and what they hold
-    "io ranks convert tensorfile inputs folders table ledger recipe pages doubt trust evaluate "
-    "suspects hybrid trials",
+    "io ranks convert adapt advice tensorfile inputs folders table ledger recipe pages doubt "
+    "trust evaluate suspects hybrid trials",
     # files elsewhere, files in files
     "afar",
     "containers",

@@ -11,6 +11,7 @@ import torch
 
 import vitft  # noqa: F401  (registers the names)
 from vitft import convert, kin, twin, weights
+from vitft.anatomy import anatomy
 from vitft.errors import WeightsError
 
 SMALL = {"embed_dim": 48, "depth": 2, "num_heads": 4, "num_classes": 5}
@@ -128,7 +129,7 @@ def small(name):
 def as_inspect_says(state, size, device="cpu", **told):
     """Our model as its file describes it, and the match."""
     converted = convert.convert(state)
-    sizes = convert.anatomy(converted.state)
+    sizes = anatomy(converted.state)
     options = SMALL | {"img_size": size, "patch_size": size // 4}
     if sizes is not None and sizes.patch[0]:
         options = twin.options_for("vitflower_b16", sizes, converted)

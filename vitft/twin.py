@@ -23,10 +23,10 @@ import yaml
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
+from vitft import advice, convert, model, tensorfile, weights
 from vitft import card as cards
-from vitft import convert, model, tensorfile, weights
+from vitft.anatomy import Anatomy, anatomy
 from vitft.card import Card
-from vitft.convert import Anatomy
 from vitft.errors import RecipeError, WeightsError, escape
 from vitft.hybrid import RESNETS
 from vitft.vitflower import SIZES, TWINS
@@ -135,7 +135,7 @@ def inspect(path: Path) -> Inspection:
     """
     found = weights.open_file(path)
     converted = convert.convert(found.tensors, place=path, says=weights.own_words(path))
-    sizes = convert.anatomy(converted.state)
+    sizes = anatomy(converted.state)
     model, twin, options = _fitting(found, converted, sizes)
     left_out: dict[str, list[str]] = {}
     for name, why in converted.dropped.items():
@@ -153,7 +153,7 @@ def inspect(path: Path) -> Inspection:
         kind=tensorfile.KINDS[found.kind],
         bytes=path.stat().st_size,
         sha256=found.sha256,
-        layout=OWN if said else converted.layout or convert.family(found.tensors),
+        layout=OWN if said else converted.layout or advice.family(found.tensors),
         tensors=len(found.tensors),
         parameters=sum(t.numel() for t in found.tensors.values()),
         dtypes=dtypes,
@@ -382,7 +382,7 @@ def compare(
         return _two_ways(path, name, dict(options or {}) | _sized(img_size))
     found = weights.open_file(path)
     converted = convert.convert(found.tensors, place=path, says=weights.own_words(path))
-    sizes = convert.anatomy(converted.state)
+    sizes = anatomy(converted.state)
     built = {} if sizes is None else options_for(ours_name, sizes, converted)
     built.setdefault("num_classes", 0)
     built["img_size"] = img_size or (_side(sizes) if sizes else 0) or 224

@@ -2,7 +2,8 @@
 
 In: a file and a model. Out: tensors under the model's names, each one matched by name and shape,
 with a reason for every one left out; else `WeightsError` with what is missing, unexpected and
-misshapen, and the likely cause. `tensorfile` reads files, `convert` knows other people's names.
+misshapen, and the likely cause. `tensorfile` reads files, `convert` knows other people's names,
+`adapt` other sizes, `advice` what may have gone wrong.
 
     python -m vitft.weights inspect FILE
     python -m vitft.weights check FILE --model vitflower_b16
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitft import convert, tensorfile
+from vitft import adapt, advice, convert, tensorfile
 from vitft.errors import Fault, WeightsError
 
 NESTED = 4  # containers within containers; a pickle may hold itself
@@ -279,7 +280,7 @@ def fit(
 
     Args:
         tensors: Name -> tensor, as `read` gives them.
-        model: A ViT (ours or timm's), for which every layout in `convert` is known; for any
+        model: A ViT (ours or timm's), for which every table in `layouts` is known; for any
             other model only a common prefix is taken off.
         pos_grid: The file's position grid (height, width), where it is not square.
         place: For messages.
@@ -321,14 +322,14 @@ def _fitted(
     pos_grid: tuple[int, int] | None,
     place: object,
 ) -> Fitted:
-    if not convert.is_vit(model):
+    if not adapt.is_vit(model):
         return _strip(tensors, own)
     named = str((getattr(model, "pretrained_cfg", None) or {}).get("architecture", ""))
     found = convert.convert(tensors, own, place=place, says=own_words(place), model=named)
     if not found.layout:
         return _strip(tensors, own)
     _require_alike(found, model, place)
-    adapted = convert.adapt(
+    adapted = adapt.adapt(
         found.state,
         model,
         pos_grid=pos_grid,
@@ -529,7 +530,7 @@ class _Mismatch:
 
     def faults(self, place: str) -> list[Fault]:
         """One fault per kind of mismatch; one in all where hardly anything matches."""
-        cause = convert.advise(self.state, self.model_state, self.missing, self.unexpected)
+        cause = advice.advise(self.state, self.model_state, self.missing, self.unexpected)
         common = sum(name in self.model_state for name in self.state)
         if 2 * common < len(self.model_state):
             text = f"{common} of the model's {len(self.model_state)} tensors are in the file"
