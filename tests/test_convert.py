@@ -17,7 +17,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
 import vitft  # noqa: F401  (registers the names)
-from vitft import convert, layouts, twin, weights
+from vitft import convert, fitting, layouts, tally, twin, weights
 from vitft.anatomy import anatomy
 from vitft.errors import WeightsError
 
@@ -45,7 +45,7 @@ def theirs(**options):
 
 
 def fill(model, content, place="checkpoint"):
-    whole, match, notes = weights.complete(content, model, place=place)
+    whole, match, notes = fitting.complete(content, model, place=place)
     model.load_state_dict(whole)
     return match, notes
 
@@ -708,7 +708,7 @@ def test_timms_dinov3_is_refused_by_name_and_loads_into_its_own_model(name, wrap
         with pytest.raises(WeightsError, match=r"looks like DINOv3 \(rotary positions\)") as caught:
             fill(ours(embed_dim=64, **options), state)
         assert caught.value.faults[0].id == "ckpt.layout"
-    assert weights.fit(state, net).state.keys() == net.state_dict().keys()
+    assert fitting.fit(state, net).state.keys() == net.state_dict().keys()
 
 
 def test_rotary_positions_without_registers_are_refused_and_deit3_is_not():
@@ -750,7 +750,7 @@ def test_what_deit3_and_a_rotary_vit_both_write_needs_the_word_of_the_file(tmp_p
     doors = (
         lambda: fill(ours(init_values=1e-5, no_embed_class=True), old, tmp_path / name),
         lambda: timm.create_model("vitflower_b16", **options, **overlay),
-        lambda: weights.load_for(ours(init_values=1e-5), tmp_path / name),
+        lambda: fitting.load_for(ours(init_values=1e-5), tmp_path / name),
         lambda: twin.inspect(tmp_path / name),
     )
     for door in doors:
@@ -763,8 +763,8 @@ def test_what_deit3_and_a_rotary_vit_both_write_needs_the_word_of_the_file(tmp_p
         assert "deit_3_....pth; rope_ape: use timm's own model" in caught.value.faults[0].fix
     if taken:
         assert twin.inspect(tmp_path / name).layout == "DeiT-III"
-    fitted = weights.fit(rotary.state_dict(), rotary, place=tmp_path / name)
-    assert weights.check(fitted.state, rotary.state_dict()).new == ()
+    fitted = fitting.fit(rotary.state_dict(), rotary, place=tmp_path / name)
+    assert tally.check(fitted.state, rotary.state_dict()).new == ()
 
 
 def test_timms_rpn_is_refused_where_order_or_header_do_not_clear_it(tmp_path):
@@ -789,7 +789,7 @@ def test_timms_rpn_is_refused_where_order_or_header_do_not_clear_it(tmp_path):
     (folder / "config.json").write_text("[]")
     with pytest.raises(WeightsError, match="a ViT whose names were sorted"):
         fill(ours(**options), saved(plain.state_dict(), tmp_path), folder)
-    weights.fit(rpn.state_dict(), rpn)
+    fitting.fit(rpn.state_dict(), rpn)
 
 
 def saved(state, folder):
@@ -861,8 +861,8 @@ def test_a_jax_relative_is_refused_by_name():
 
 def test_a_relatives_own_model_in_timm_takes_its_own_names():
     net = timm.create_model("eva_giant_patch14_224", **TINY, num_classes=5)
-    fitted = weights.fit(net.state_dict(), net)
-    match = weights.check(fitted.state, net.state_dict())
+    fitted = fitting.fit(net.state_dict(), net)
+    match = tally.check(fitted.state, net.state_dict())
     assert match.loaded == len(net.state_dict())
 
 

@@ -27,9 +27,10 @@ FLOORS = (
     "afar",
     "containers",
     "raw",
-    "console images pictures weights checkpoint gallery unpack summary shards regime",
-    "sources photos progress ahead hosted",
-    "workers step",
+    "console images pictures tally checkpoint gallery unpack summary shards regime",
+    "sources photos progress ahead weights",
+    "workers step fitting",
+    "hosted",
     # data, models and arrays
     "fetch pace store contents assign loaders vit model tune maps train sections cli answers",
     "probe audit curve graph card vitflower",

@@ -11,7 +11,7 @@ from rows import card
 from safetensors.torch import save_file
 
 import vitft  # noqa: F401  (registers the names)
-from vitft import convert, graph, maps, model, product, twin, vitflower, weights
+from vitft import convert, fitting, graph, maps, model, product, twin, vitflower, weights
 from vitft.card import KEY, text_of
 from vitft.errors import RecipeError, WeightsError
 from vitft.hybrid import build_cnn, cnn_state
@@ -121,11 +121,11 @@ def test_a_product_that_still_has_the_stages_behind_the_map_opens_without_them(t
     again, _ = product.load(file)
     with torch.no_grad():
         assert torch.equal(again(images()), now(images()))
-    _, match, _ = weights.complete(now.state_dict() | behind, now)
+    _, match, _ = fitting.complete(now.state_dict() | behind, now)
     assert match.dropped.keys() == behind.keys()
     odd = now.state_dict() | {"patch_embed.backbone.blocks.0.9.odd": torch.zeros(1)}
     with pytest.raises(WeightsError, match=r"blocks\.0\.9\.odd"):
-        weights.complete(odd, now)
+        fitting.complete(odd, now)
 
 
 def test_patches_of_the_map_images_of_another_size_and_sizes_on_the_fly():
@@ -261,7 +261,7 @@ def test_google_npz_of_a_hybrid_equals_timms_reader(tmp_path, name, channels):
     theirs = timm.create_model(HYBRIDS[name], **tiny).eval()
     theirs.load_pretrained(str(tmp_path / "w.npz"))
     ours = timm.create_model(name, **tiny).eval()
-    whole, match, notes = weights.complete(weights.read(tmp_path / "w.npz"), ours)
+    whole, match, notes = fitting.complete(weights.read(tmp_path / "w.npz"), ours)
     ours.load_state_dict(whole)
     assert (match.dropped, match.new) == ({}, ())
     assert any("1 colour channels" in note for note in notes) is (channels == 1)
@@ -298,9 +298,9 @@ def test_a_hybrids_file_in_a_plain_vit_is_refused_with_the_cause():
     with pytest.raises(
         WeightsError, match="patch 1 of a CNN's map; the model has 2 blocks of width 32, patch 16"
     ):
-        weights.complete(hybrid.state_dict(), plain)
+        fitting.complete(hybrid.state_dict(), plain)
     with pytest.raises(WeightsError, match="the model has 2 blocks of width 32, patch 1 of a CNN"):
-        weights.complete(plain.state_dict(), hybrid)
+        fitting.complete(plain.state_dict(), hybrid)
 
 
 def test_check_fills_a_model_of_timms_alone_in_both_ways(tmp_path):
@@ -397,7 +397,7 @@ def test_a_hybrids_run_gives_a_product_that_loads(tiny_recipe, tmp_path):
     found = twin.inspect(file)
     assert (found.layout, found.model, found.twin) == (twin.OWN, "vitflower_ti16", "")
     again = timm.create_model(found.model, **found.options)
-    assert weights.complete(weights.read(file), again)[1].new == ()
+    assert fitting.complete(weights.read(file), again)[1].new == ()
 
 
 def test_what_a_recipe_cannot_mean_is_refused(tiny_recipe, tmp_path):

@@ -10,7 +10,7 @@ import timm
 import torch
 
 import vitft  # noqa: F401  (registers the names)
-from vitft import convert, kin, twin, weights
+from vitft import convert, fitting, kin, tally, twin
 from vitft.anatomy import anatomy
 from vitft.errors import WeightsError
 
@@ -137,7 +137,7 @@ def as_inspect_says(state, size, device="cpu", **told):
         options |= {"num_heads": SMALL["num_heads"], "img_size": size} | told
     with torch.device(device):
         ours = timm.create_model("vitflower_b16", **options).eval()
-    whole, match, notes = weights.complete(state, ours)
+    whole, match, notes = fitting.complete(state, ours)
     ours.load_state_dict(whole)
     assert match.dropped == {}
     return ours, notes
@@ -192,8 +192,8 @@ def test_its_own_model_in_timm_takes_it(name):
     else:
         with torch.device("meta"):
             net = timm.create_model(name)
-    fitted = weights.fit(net.state_dict(), net)
-    assert weights.check(fitted.state, net.state_dict()).new == ()
+    fitted = fitting.fit(net.state_dict(), net)
+    assert tally.check(fitted.state, net.state_dict()).new == ()
 
 
 def test_a_sign_that_the_model_itself_has_tells_nothing():

@@ -12,7 +12,7 @@ from rows import TINY, make_product, network
 from safetensors.torch import save_file
 
 import vitft  # noqa: F401  (registers the names)
-from vitft import blocks, cli, convert, twin, vitflower, weights
+from vitft import blocks, cli, convert, fitting, twin, vitflower, weights
 from vitft.errors import RecipeError, WeightsError
 
 SMALL = {"depth": 2, "embed_dim": 32, "num_heads": 4, "patch_size": 8, "img_size": 32}
@@ -68,7 +68,7 @@ def test_registers_layer_scale_and_another_size_become_options(tmp_path):
     assert found.img_size == 518
     assert found.options == {"num_classes": 0, "reg_tokens": 4, "no_embed_class": True}
     built = timm.create_model(found.model, img_size=found.img_size, **found.options)
-    assert weights.complete(weights.read(path), built)[1].new == ()
+    assert fitting.complete(weights.read(path), built)[1].new == ()
 
 
 def test_pre_training_parts_are_listed_with_their_reason(tmp_path):
@@ -244,7 +244,7 @@ def test_a_product_is_what_its_card_says(tmp_path):
     )  # fmt: skip
     assert found.options["num_heads"] == 2
     built = timm.create_model(found.model, **found.options)
-    whole, match, _ = weights.complete(weights.read(made / "model.safetensors"), built)
+    whole, match, _ = fitting.complete(weights.read(made / "model.safetensors"), built)
     assert (match.new, match.dropped) == ((), {})
     assert "act_layer='gelu_tanh'" in found.call
     state = weights.read(made / "model.safetensors")

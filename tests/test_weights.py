@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import vitft  # noqa: F401  (registers the names)
-from vitft import tensorfile, weights
+from vitft import fitting, tally, tensorfile, weights
 from vitft.errors import WeightsError
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
@@ -57,7 +57,7 @@ def refused(id, call, text, *, place=None, fix=".", every=False):
 
 
 def fill(model, state, place="checkpoint"):
-    whole, match, notes = weights.complete(state, model, place=place)
+    whole, match, notes = fitting.complete(state, model, place=place)
     model.load_state_dict(whole)
     return match, notes
 
@@ -368,7 +368,7 @@ def test_C14_an_expanded_tensor_costs_its_stored_size_and_fails_by_shape(tmp_pat
     tensors = weights.read(path)
     refused(
         "ckpt.shape",
-        lambda: weights.complete(tensors, tiny(), place=path),
+        lambda: fitting.complete(tensors, tiny(), place=path),
         r"norm\.weight is \[20000, 10000\], the model has \[32\]",
         place=path,
     )
@@ -413,21 +413,21 @@ def test_quantised_weights_are_called_so_and_a_scrap_is_not_taken_for_a_kind():
     own = tiny().state_dict()[name]
     half = {name: own.to(torch.int8)}
     scaled = half | {f"{name}_scale": torch.ones(1)}
-    fault = refused("ckpt.architecture", lambda: weights.complete(scaled, tiny()), "1 of the")
+    fault = refused("ckpt.architecture", lambda: fitting.complete(scaled, tiny()), "1 of the")
     assert fault.fix.startswith("the file is quantised")
-    fault = refused("ckpt.architecture", lambda: weights.complete(half, tiny()), "1 of the")
+    fault = refused("ckpt.architecture", lambda: fitting.complete(half, tiny()), "1 of the")
     assert fault.fix == "name the model that these weights belong to"
 
 
 @pytest.mark.parametrize("name", ["base.blocks.0.qkv.lora_A.weight", "blocks.0.attn.qkv.lora_b"])
 def test_adapters_without_their_model_are_called_so(name):
     fault = refused(
-        "ckpt.architecture", lambda: weights.complete({name: torch.zeros(3)}, tiny()), "0 of the"
+        "ckpt.architecture", lambda: fitting.complete({name: torch.zeros(3)}, tiny()), "0 of the"
     )
     assert fault.fix.startswith("looks like LoRA adapters, without the model they were made for")
     whole = tiny().state_dict() | {name: torch.zeros(3)}
     fix = "merge the LoRA adapters first"
-    refused("ckpt.unexpected_keys", lambda: weights.complete(whole, tiny()), "also holds", fix=fix)
+    refused("ckpt.unexpected_keys", lambda: fitting.complete(whole, tiny()), "also holds", fix=fix)
 
 
 # --- weights that do not belong ------------------------------------------------------------------
@@ -437,7 +437,7 @@ def test_C15_another_architecture_is_counted_and_guessed():
     resnet = {f"layer{i}.0.conv1.weight": torch.zeros(3) for i in range(1, 5)}
     fault = refused(
         "ckpt.architecture",
-        lambda: weights.complete(resnet, tiny(), place="r.pth"),
+        lambda: fitting.complete(resnet, tiny(), place="r.pth"),
         r"0 of the model's 32 tensors are in the file; missing 30 tensors \(cls_token, pos_embed, "
         r"patch_embed\.proj\.weight, and 27 more\); unexpected 4 tensors \(layer1\.0\.conv1",
         place="r.pth",
@@ -449,13 +449,13 @@ def test_C15_another_architecture_is_counted_and_guessed():
 def test_C15_a_vit_of_another_size_is_told_by_its_size():
     refused(
         "ckpt.shape",
-        lambda: weights.complete(state_of(embed_dim=48), tiny()),
+        lambda: fitting.complete(state_of(embed_dim=48), tiny()),
         r"cls_token is \[1, 1, 48\], the model has \[1, 1, 32\]",
         fix="ViT of 2 blocks of width 48; the model has 2 blocks of width 32",
     )
     refused(
         "ckpt.unexpected_keys",
-        lambda: weights.complete(state_of(depth=3), tiny()),
+        lambda: fitting.complete(state_of(depth=3), tiny()),
         r"also holds 12 tensors \(blocks\.2\.norm1\.weight",
         fix="3 blocks",
     )
@@ -465,7 +465,7 @@ def test_C16_misshapen_tensors_are_shown_in_both_shapes():
     state = state_of() | {"norm.bias": torch.zeros(7), "blocks.1.mlp.fc1.bias": torch.zeros(2, 2)}
     refused(
         "ckpt.shape",
-        lambda: weights.complete(state, tiny(), place="x.pth"),
+        lambda: fitting.complete(state, tiny(), place="x.pth"),
         r"norm\.bias is \[7\], the model has \[32\].*fc1\.bias is \[2, 2\], the model has \[128\]"
         r"|fc1\.bias is \[2, 2\], the model has \[128\]; norm\.bias is \[7\]",
         place="x.pth",
@@ -478,7 +478,7 @@ def test_C17_no_backbone_tensor_is_ever_missed_silently():
         if not name.startswith("head."):
             refused(
                 "ckpt.missing_keys",
-                lambda name=name: weights.complete(
+                lambda name=name: fitting.complete(
                     {k: v for k, v in whole.items() if k != name}, tiny()
                 ),
                 f"lacks 1 tensor \\({name}\\)",
@@ -507,7 +507,7 @@ def test_C19_other_prefixes_come_off_where_they_fit_best(prefix):
     assert notes == (f"took the prefix {prefix!r} off the names",)
     assert match.dropped == {"ema_decay": f"outside {prefix}"}
     resnet = timm.create_model("resnet10t", num_classes=3)
-    fitted = weights.fit({prefix + k: v for k, v in resnet.state_dict().items()}, resnet)
+    fitted = fitting.fit({prefix + k: v for k, v in resnet.state_dict().items()}, resnet)
     assert set(fitted.state) == set(resnet.state_dict())
 
 
@@ -569,7 +569,7 @@ def test_C23_a_head_for_other_classes_is_left_out_with_the_reason():
     state = state_of(num_classes=9)
     refused(
         "ckpt.shape",
-        lambda: weights.check(state, tiny().state_dict(), place="resume"),
+        lambda: tally.check(state, tiny().state_dict(), place="resume"),
         r"head\.weight is \[9, 32\], the model has \[5, 32\]",
         place="resume",
     )
@@ -586,7 +586,7 @@ def test_C24_a_missing_head_stays_fresh_and_is_named():
 def test_a_patch_that_was_resampled_on_the_way_is_not_told_as_the_files_own():
     other = timm.create_model("vit_base_patch16_224", **(TINY | {"patch_size": 4, "embed_dim": 48}))
     with pytest.raises(WeightsError) as caught:
-        weights.complete(other.state_dict(), tiny())
+        fitting.complete(other.state_dict(), tiny())
     assert {fault.fix for fault in caught.value.faults} == {
         "the file is a ViT of 2 blocks of width 48; the model has 2 blocks of width 32; "
         "python -m vitft.weights inspect FILE names the model that fits"
@@ -617,7 +617,7 @@ def test_C25_positions_without_a_row_for_the_class_token_are_told_apart_by_the_m
     assert fill(model, state)[0].loaded == 32
     refused(
         "ckpt.pos_grid",
-        lambda: weights.fit(state, tiny(), place="w.pth"),
+        lambda: fitting.fit(state, tiny(), place="w.pth"),
         "16 rows of positions less 1 for the class token are not a square",
         place="w.pth",
         fix="no_embed_class: true",
@@ -628,14 +628,14 @@ def test_C25_a_grid_that_is_not_square_must_be_given():
     state = state_of(img_size=(24, 64))  # 3 x 8 patches
     refused(
         "ckpt.pos_grid",
-        lambda: weights.fit(state, tiny()),
+        lambda: fitting.fit(state, tiny()),
         "25 rows of positions less 1 for the class token are not a square",
         fix=r"pos_grid=\(height, width\)",
     )
-    fitted = weights.fit(state, tiny(), pos_grid=(3, 8))
+    fitted = fitting.fit(state, tiny(), pos_grid=(3, 8))
     assert fitted.notes == ("positions resampled from 3 x 8 to 4 x 4 (bicubic)",)
     refused(
-        "ckpt.pos_grid", lambda: weights.fit(state, tiny(), pos_grid=(3, 7)), "not a grid of 3 x 7"
+        "ckpt.pos_grid", lambda: fitting.fit(state, tiny(), pos_grid=(3, 7)), "not a grid of 3 x 7"
     )
     same = tiny(img_size=(24, 64))  # its own grid needs no word
     assert fill(same, state)[1] == ()
@@ -664,10 +664,10 @@ def test_C27_other_floats_are_converted_and_said(tmp_path, dtype):
     state = {k: v.to(dtype) for k, v in state_of().items()}
     save_file(state, path)
     model = tiny()
-    tensors, notes = weights.load_for(model, path)
+    tensors, notes = fitting.load_for(model, path)
     name = str(dtype).removeprefix("torch.")
     assert notes == (f"values stored as {name} are converted to the model's type",)
-    weights.check(tensors, model.state_dict())
+    tally.check(tensors, model.state_dict())
     model.load_state_dict(tensors)
     torch.testing.assert_close(model.norm.weight, state["norm.weight"].float())
     assert model.norm.weight.dtype is torch.float32
@@ -678,7 +678,7 @@ def test_C27_integers_where_floats_belong_are_refused(dtype):
     state = state_of() | {"norm.bias": torch.zeros(32, dtype=dtype)}
     refused(
         "ckpt.dtype",
-        lambda: weights.complete(state, tiny()),
+        lambda: fitting.complete(state, tiny()),
         rf"norm\.bias is {dtype}, the model has torch\.float32",
     )
 
@@ -698,7 +698,7 @@ def test_C29_an_archive_that_is_no_vit_is_refused_by_its_names(tmp_path):
     np.savez(path, **{"params/conv1/kernel": np.ones((3, 3), np.float32)})
     refused(
         "ckpt.architecture",
-        lambda: weights.complete(weights.read(path), tiny(), place=path),
+        lambda: fitting.complete(weights.read(path), tiny(), place=path),
         r"missing 30 tensors .*unexpected 1 tensor \(params/conv1/kernel\)",
         place=path,
         fix="another architecture",
@@ -710,7 +710,7 @@ def test_C31_strange_names_are_escaped_and_cut(tmp_path):
     long = "x" * 100_000
     torch.save(state_of() | {"../../etc/\x1b[31mred\n": torch.ones(1), long: torch.ones(1)}, path)
     with pytest.raises(WeightsError) as caught:
-        weights.complete(weights.read(path), tiny(), place=path)
+        fitting.complete(weights.read(path), tiny(), place=path)
     message = str(caught.value)
     assert "\\x1b[31mred\\n" in message
     assert "(100,000 characters)" in message
@@ -794,8 +794,8 @@ def test_a_fingerprint_depends_on_every_byte_name_shape_and_type_but_not_on_orde
 def test_the_bundled_weights_fill_their_model():
     path = weights.bundled_file()
     model = timm.create_model("vitflower_s14")
-    tensors, notes = weights.load_for(model, path)
-    match = weights.check(tensors, model.state_dict(), place=path)
+    tensors, notes = fitting.load_for(model, path)
+    match = tally.check(tensors, model.state_dict(), place=path)
     assert match.loaded == len(model.state_dict())
     assert match.new == ()
 
@@ -810,9 +810,9 @@ def test_a_model_that_is_no_vit_is_filled_and_checked_too(tmp_path):
     path = tmp_path / "w.pth"
     torch.save({"state_dict": {f"module.{k}": v for k, v in net.state_dict().items()}}, path)
     other = timm.create_model("resnet10t", num_classes=4)
-    tensors, notes = weights.load_for(other, path)
+    tensors, notes = fitting.load_for(other, path)
     head = ("fc.weight", "fc.bias")
-    match = weights.check(tensors, other.state_dict(), new=head, drop=head, place=path)
+    match = tally.check(tensors, other.state_dict(), new=head, drop=head, place=path)
     assert set(match.dropped) == set(match.new) == set(head)
     assert match.loaded == len(other.state_dict()) - 2
 
@@ -848,7 +848,7 @@ def test_the_historical_names_and_shapes_fit_tensor_by_tensor():
         flowers = timm.create_model("vitflower_b16", num_classes=5)
         whole = timm.create_model("vitflower_b16", num_classes=21843, representation_size=768)
         plain = timm.create_model("vitflower_b16")
-    _, match, _ = weights.complete(state, flowers)
+    _, match, _ = fitting.complete(state, flowers)
     assert match.loaded == 150
     assert match.new == ("head.weight", "head.bias")
     assert match.dropped == {
@@ -857,9 +857,9 @@ def test_the_historical_names_and_shapes_fit_tensor_by_tensor():
         "head.weight": "it is for 21,843 classes (all zeros), the model has 5",
         "head.bias": "it is for 21,843 classes (all zeros), the model has 5",
     }
-    _, match, _ = weights.complete(state, whole)
+    _, match, _ = fitting.complete(state, whole)
     assert (match.loaded, match.dropped, match.new) == (154, {}, ())
-    _, match, _ = weights.complete(state, plain)
+    _, match, _ = fitting.complete(state, plain)
     assert match.loaded == 152
     assert list(match.dropped) == ["pre_logits.fc.weight", "pre_logits.fc.bias"]
 
@@ -981,7 +981,7 @@ def test_timms_door_refuses_garbage_where_timm_would_not(tmp_path):
 )
 def test_a_mismatch_of_options_names_the_option(options, of_file, fix):
     with pytest.raises(WeightsError) as caught:
-        weights.complete(state_of(**of_file), tiny(**options))
+        fitting.complete(state_of(**of_file), tiny(**options))
     assert fix in caught.value.faults[0].fix
 
 
@@ -1026,11 +1026,11 @@ def test_the_real_weights_equal_timms_model_bit_for_bit(real_weights):
 def test_the_real_efficientnet_fits_and_its_vit_neighbour_does_not(real_weights):
     path = real_weights / "tf_efficientnet_lite0.safetensors"
     net = timm.create_model("tf_efficientnet_lite0")
-    tensors, notes = weights.load_for(net, path)
-    assert weights.check(tensors, net.state_dict(), place=path).new == ()
+    tensors, notes = fitting.load_for(net, path)
+    assert tally.check(tensors, net.state_dict(), place=path).new == ()
     refused(
         "ckpt.architecture",
-        lambda: weights.complete(tensors, tiny(), place=path),
+        lambda: fitting.complete(tensors, tiny(), place=path),
         "0 of the model's 32",
         fix="looks like an EfficientNet or MobileNet; the model is a ViT",
     )

@@ -194,11 +194,11 @@ class Hosted(nn.Module):
 
     def load_pretrained(self, checkpoint_path: str | Path, prefix: str = "") -> None:
         """Fills the model from a file of any kind; timm calls it for .npz files."""
-        from vitft import weights
+        from vitft import fitting, weights
 
         tensors = weights.read(Path(checkpoint_path))
         inner = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        whole, match, _ = weights.complete(inner, self, place=checkpoint_path)
+        whole, match, _ = fitting.complete(inner, self, place=checkpoint_path)
         for name, why in match.dropped.items():
             console.warn(f"weights: left out {name}: {why}")
         self.load_state_dict(whole)

@@ -15,7 +15,7 @@ from timm.layers.patch_dropout import PatchDropout
 from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
 
-from vitft import hybrid, io, weights
+from vitft import fitting, hybrid, io, tally, weights
 from vitft.console import say, warn
 from vitft.errors import MachineError, RecipeError, VitftError, WeightsError
 from vitft.inputs import InputConfig, derive_seed
@@ -207,9 +207,9 @@ def _fill(net: nn.Module, spec: ModelSpec) -> LoadReport:
         warn(f"{spec.name} starts from RANDOM weights (model.weights: none)")
         return LoadReport("none", "", 0, {}, tuple(net.state_dict()), ())
     path = locate(spec)
-    state, notes = weights.load_for(net, path, sha256=spec.sha256)
+    state, notes = fitting.load_for(net, path, sha256=spec.sha256)
     head = classifier_names(net)
-    match = weights.check(state, net.state_dict(), new=head, drop=head, place=path)
+    match = tally.check(state, net.state_dict(), new=head, drop=head, place=path)
     dropped = {k: "the recipe's classes get a head of their own" for k in head if k in state}
     dropped |= match.dropped
     net.load_state_dict({k: v for k, v in state.items() if k not in dropped}, strict=False)
@@ -227,8 +227,8 @@ def _tell(report: LoadReport, path: Path) -> None:
     for name, why in report.dropped.items():
         reasons.setdefault(why, []).append(name)
     for why, names in reasons.items():
-        few = len(names) <= weights.SHOWN
-        say(f"weights: left out {', '.join(names) if few else weights.listed(names)}: {why}")
+        few = len(names) <= tally.SHOWN
+        say(f"weights: left out {', '.join(names) if few else tally.listed(names)}: {why}")
 
 
 def classifier_names(net: nn.Module) -> tuple[str, ...]:

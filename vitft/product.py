@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vitft import checkpoint, io, recipe, weights
+from vitft import checkpoint, fitting, io, recipe, tally, weights
 from vitft.card import KEY, ONLY_OURS, OURS, text_of
 from vitft.card import Card as Card
 from vitft.card import decode_of as decode_of
@@ -202,8 +202,8 @@ def _rebuilt(card: Card, state: Mapping[str, Tensor], file: Path) -> nn.Module:
     if own is None:
         net = _create(card, file)
         own = net.state_dict()
-    state, _ = weights.asked(state, own)
-    weights.check(state, own, place=file)
+    state, _ = fitting.asked(state, own)
+    tally.check(state, own, place=file)
     net = net or _create(card, file)
     net.load_state_dict(state)
     return net.eval()

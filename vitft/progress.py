@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitft import weights
+from vitft import tally
 from vitft.checkpoint import Snapshot, flatten_optimizer, restore_optimizer, under
 from vitft.errors import WeightsError
 from vitft.regime import trained_names
@@ -135,4 +135,4 @@ def _require_fit(snapshot: Snapshot, moving: Moving, epochs: int) -> None:
     parts = ["model"] + ["ema"] * (moving.average is not None)
     parts += ["best"] * any(name.startswith("best/") for name in tensors)
     for part in parts:
-        weights.check(under(part, tensors), own, place=f"the checkpoint's {part}")
+        tally.check(under(part, tensors), own, place=f"the checkpoint's {part}")

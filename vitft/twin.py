@@ -23,7 +23,7 @@ import yaml
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
-from vitft import advice, convert, model, tensorfile, weights
+from vitft import advice, convert, fitting, model, tally, tensorfile, weights
 from vitft import card as cards
 from vitft.anatomy import Anatomy, anatomy
 from vitft.card import Card
@@ -134,7 +134,7 @@ def inspect(path: Path) -> Inspection:
         WeightsError: As `weights.open_file`, and `ckpt.layout` for relatives of ViT.
     """
     found = weights.open_file(path)
-    converted = convert.convert(found.tensors, place=path, says=weights.own_words(path))
+    converted = convert.convert(found.tensors, place=path, says=fitting.own_words(path))
     sizes = anatomy(converted.state)
     model, twin, options = _fitting(found, converted, sizes)
     left_out: dict[str, list[str]] = {}
@@ -209,7 +209,7 @@ def _named_like(found: weights.Checkpoint) -> str:
     with torch.device("meta"):
         model = timm.create_model(stem)
     try:
-        weights.check(found.tensors, model.state_dict(), place=found.path)
+        tally.check(found.tensors, model.state_dict(), place=found.path)
     except WeightsError:
         return ""
     return stem
@@ -381,14 +381,14 @@ def compare(
     if not ours_name:
         return _two_ways(path, name, dict(options or {}) | _sized(img_size))
     found = weights.open_file(path)
-    converted = convert.convert(found.tensors, place=path, says=weights.own_words(path))
+    converted = convert.convert(found.tensors, place=path, says=fitting.own_words(path))
     sizes = anatomy(converted.state)
     built = {} if sizes is None else options_for(ours_name, sizes, converted)
     built.setdefault("num_classes", 0)
     built["img_size"] = img_size or (_side(sizes) if sizes else 0) or 224
     built |= options or {}
     ours = timm.create_model(ours_name, **built).eval()
-    whole, match, notes = weights.complete(found.tensors, ours, place=path)
+    whole, match, notes = fitting.complete(found.tensors, ours, place=path)
     ours.load_state_dict(whole)
     theirs, by = _theirs(ours_name, built, found, ours)
     return _measure(ours, theirs, ours_name, built, by, match, (*found.notes, *notes))
@@ -407,9 +407,9 @@ def _two_ways(path: Path, name: str, options: dict[str, Any]) -> Parity:
     classes = _classes(found.tensors, name)
     options = {"num_classes": classes} | options if classes is not None else options
     ours = timm.create_model(name, **options).eval()
-    state, notes = weights.load_for(ours, path)
+    state, notes = fitting.load_for(ours, path)
     head = model.classifier_names(ours)
-    match = weights.check(state, ours.state_dict(), new=head, drop=head, place=path)
+    match = tally.check(state, ours.state_dict(), new=head, drop=head, place=path)
     taken = {k: v for k, v in state.items() if k not in match.dropped}
     ours.load_state_dict(ours.state_dict() | taken)
     overlay: dict[str, Any] = {"file": str(path), "custom_load": found.kind == "npz"}
@@ -471,7 +471,7 @@ def _measure(
     name: str,
     options: dict[str, Any],
     by: str,
-    match: weights.Match,
+    match: tally.Match,
     notes: tuple[str, ...],
 ) -> Parity:
     images = _images(ours)

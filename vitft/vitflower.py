@@ -130,10 +130,10 @@ def load_filter(state: dict[str, Any], model: VisionTransformer) -> dict[str, Te
     Raises:
         WeightsError: A backbone tensor is missing, unexpected or misshapen.
     """
-    from vitft import weights
+    from vitft import fitting
 
     place = model.pretrained_cfg.get("file") or "checkpoint"
-    whole, match, notes = weights.complete(state, model, place=place)
+    whole, match, notes = fitting.complete(state, model, place=place)
     for note in notes:
         console.say(f"weights: {note}")
     for name, why in match.dropped.items():
