@@ -17,7 +17,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
 import vitft  # noqa: F401  (registers the names)
-from vitft import convert, fitting, layouts, tally, twin, weights
+from vitft import convert, fitting, inspection, layouts, tally, weights
 from vitft.anatomy import anatomy
 from vitft.errors import WeightsError
 
@@ -751,7 +751,7 @@ def test_what_deit3_and_a_rotary_vit_both_write_needs_the_word_of_the_file(tmp_p
         lambda: fill(ours(init_values=1e-5, no_embed_class=True), old, tmp_path / name),
         lambda: timm.create_model("vitflower_b16", **options, **overlay),
         lambda: fitting.load_for(ours(init_values=1e-5), tmp_path / name),
-        lambda: twin.inspect(tmp_path / name),
+        lambda: inspection.inspect(tmp_path / name),
     )
     for door in doors:
         if taken:
@@ -762,7 +762,7 @@ def test_what_deit3_and_a_rotary_vit_both_write_needs_the_word_of_the_file(tmp_p
         assert caught.value.faults[0].id == "ckpt.layout"
         assert "deit_3_....pth; rope_ape: use timm's own model" in caught.value.faults[0].fix
     if taken:
-        assert twin.inspect(tmp_path / name).layout == "DeiT-III"
+        assert inspection.inspect(tmp_path / name).layout == "DeiT-III"
     fitted = fitting.fit(rotary.state_dict(), rotary, place=tmp_path / name)
     assert tally.check(fitted.state, rotary.state_dict()).new == ()
 

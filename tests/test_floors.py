@@ -34,9 +34,9 @@ FLOORS = (
     # data, models and arrays
     "fetch pace store contents assign loaders vit model tune maps train sections cli answers",
     "probe audit curve graph card vitflower",
-    "data features product offline report cache hubpage twin",
+    "data features product offline report cache hubpage inspection",
     # a whole run
-    "prepare proof near compare",
+    "prepare proof near compare twin",
     "boundary variants",
     "learn explain",
     "relearn ladder",

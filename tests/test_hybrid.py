@@ -11,7 +11,18 @@ from rows import card
 from safetensors.torch import save_file
 
 import vitft  # noqa: F401  (registers the names)
-from vitft import convert, fitting, graph, maps, model, product, twin, vitflower, weights
+from vitft import (
+    convert,
+    fitting,
+    graph,
+    inspection,
+    maps,
+    model,
+    product,
+    twin,
+    vitflower,
+    weights,
+)
 from vitft.card import KEY, text_of
 from vitft.errors import RecipeError, WeightsError
 from vitft.hybrid import build_cnn, cnn_state
@@ -277,7 +288,7 @@ def test_inspect_knows_every_hybrid_from_its_file(tmp_path, name):
     with torch.device("meta"):
         state = timm.create_model(name, num_classes=7).state_dict()
     torch.save({k: torch.tensor(0.1).expand(v.shape) for k, v in state.items()}, tmp_path / "w.pth")
-    found = twin.inspect(tmp_path / "w.pth")
+    found = inspection.inspect(tmp_path / "w.pth")
     assert (found.model, found.twin) == (name, HYBRIDS.get(name, ""))
     assert (found.img_size, found.options) == (224, {"num_classes": 7})
     assert found.layout == "timm, hybrid"
@@ -394,8 +405,8 @@ def test_a_hybrids_run_gives_a_product_that_loads(tiny_recipe, tmp_path):
     assert net.patch_embed.stride == 8
     assert card.options["embed"] == "resnet10t"
     file = result.folder / "model" / "model.safetensors"
-    found = twin.inspect(file)
-    assert (found.layout, found.model, found.twin) == (twin.OWN, "vitflower_ti16", "")
+    found = inspection.inspect(file)
+    assert (found.layout, found.model, found.twin) == (inspection.OWN, "vitflower_ti16", "")
     again = timm.create_model(found.model, **found.options)
     assert fitting.complete(weights.read(file), again)[1].new == ()
 

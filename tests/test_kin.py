@@ -10,7 +10,7 @@ import timm
 import torch
 
 import vitft  # noqa: F401  (registers the names)
-from vitft import convert, fitting, kin, tally, twin
+from vitft import convert, fitting, inspection, kin, tally
 from vitft.anatomy import anatomy
 from vitft.errors import WeightsError
 
@@ -132,7 +132,7 @@ def as_inspect_says(state, size, device="cpu", **told):
     sizes = anatomy(converted.state)
     options = SMALL | {"img_size": size, "patch_size": size // 4}
     if sizes is not None and sizes.patch[0]:
-        options = twin.options_for("vitflower_b16", sizes, converted)
+        options = inspection.options_for("vitflower_b16", sizes, converted)
         options |= {"embed_dim": sizes.width, "depth": sizes.depth, "patch_size": sizes.patch}
         options |= {"num_heads": SMALL["num_heads"], "img_size": size} | told
     with torch.device(device):

@@ -12,7 +12,7 @@ from rows import TINY, make_product, network
 from safetensors.torch import save_file
 
 import vitft  # noqa: F401  (registers the names)
-from vitft import blocks, cli, convert, fitting, twin, vitflower, weights
+from vitft import blocks, cli, convert, fitting, inspection, twin, vitflower, weights
 from vitft.errors import RecipeError, WeightsError
 
 SMALL = {"depth": 2, "embed_dim": 32, "num_heads": 4, "patch_size": 8, "img_size": 32}
@@ -34,7 +34,7 @@ def file_of(path, name, *, rename=lambda k: k, extra=None, **options):
 
 @pytest.mark.parametrize("name", vitflower.SIZES)
 def test_every_name_is_recognised_from_its_own_file(tmp_path, name):
-    found = twin.inspect(file_of(tmp_path / "w.pth", name, num_classes=7))
+    found = inspection.inspect(file_of(tmp_path / "w.pth", name, num_classes=7))
     assert found.model == name
     assert found.twin == vitflower.TWINS.get(name, "")
     assert found.img_size == 224
@@ -46,7 +46,7 @@ def test_every_name_is_recognised_from_its_own_file(tmp_path, name):
 
 def test_the_historical_file_is_described(tmp_path):
     path = file_of(tmp_path / "w.pth", "vitflower_b16", num_classes=21843, representation_size=768)
-    found = twin.inspect(path)
+    found = inspection.inspect(path)
     assert found.layout == "timm (historical, with pre_logits)"
     assert found.head == "21,843 classes through a layer of 768"
     assert found.parameters == 103_186_515
@@ -63,7 +63,7 @@ def test_the_historical_file_is_described(tmp_path):
 def test_registers_layer_scale_and_another_size_become_options(tmp_path):
     options = {"reg_tokens": 4, "no_embed_class": True, "img_size": 518, "num_classes": 0}
     path = file_of(tmp_path / "w.pth", "vitflower_s14", **options)
-    found = twin.inspect(path)
+    found = inspection.inspect(path)
     assert found.model == "vitflower_s14"
     assert found.img_size == 518
     assert found.options == {"num_classes": 0, "reg_tokens": 4, "no_embed_class": True}
@@ -73,7 +73,9 @@ def test_registers_layer_scale_and_another_size_become_options(tmp_path):
 
 def test_pre_training_parts_are_listed_with_their_reason(tmp_path):
     extra = {"mask_token": (1, 1, 512), "decoder_pred.weight": (768, 512)}
-    found = twin.inspect(file_of(tmp_path / "w.pth", "vitflower_b16", num_classes=0, extra=extra))
+    found = inspection.inspect(
+        file_of(tmp_path / "w.pth", "vitflower_b16", num_classes=0, extra=extra)
+    )
     assert found.layout == "MAE, pre-training"
     assert found.licence.startswith("CC-BY-NC-4.0")
     assert found.left_out == {
@@ -89,7 +91,7 @@ def test_a_prefix_and_a_container_are_noted(tmp_path):
         tmp_path / "w.pth", "vitflower_ti16", rename=lambda k: f"backbone.{k}", num_classes=0
     )
     torch.save({"state_dict": torch.load(path), "epoch": 3}, path)
-    found = twin.inspect(path)
+    found = inspection.inspect(path)
     assert found.model == "vitflower_ti16"
     assert found.notes == (
         "took 'state_dict' out of state_dict, epoch",
@@ -100,26 +102,26 @@ def test_a_prefix_and_a_container_are_noted(tmp_path):
 def test_what_is_no_vit_is_told_by_family_and_file_name(tmp_path):
     net = timm.create_model("resnet10t", num_classes=1000)
     save_file(net.state_dict(), tmp_path / "resnet10t.safetensors", metadata={"license": "mit"})
-    found = twin.inspect(tmp_path / "resnet10t.safetensors")
+    found = inspection.inspect(tmp_path / "resnet10t.safetensors")
     assert (found.model, found.layout) == ("resnet10t", "a ResNet")
     assert found.licence == "mit (the file's own word)"
     other = (tmp_path / "resnet10t.safetensors").rename(tmp_path / "mine.safetensors")
-    found = twin.inspect(other)
+    found = inspection.inspect(other)
     assert found.model == ""
     assert "fits:      no model known from its names and shapes" in found.lines()
     wrong = other.rename(tmp_path / "resnet18.safetensors")
-    assert twin.inspect(wrong).model == ""
+    assert inspection.inspect(wrong).model == ""
 
 
 def test_a_hub_folder_tells_its_licence(tmp_path):
     file_of(tmp_path / "pytorch_model.bin", "vitflower_ti16", num_classes=0)
     config = {"pretrained_cfg": {"license": "apache-2.0"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert twin.inspect(tmp_path / "pytorch_model.bin").licence == (
+    assert inspection.inspect(tmp_path / "pytorch_model.bin").licence == (
         "apache-2.0 (config.json beside it)"
     )
     (tmp_path / "config.json").write_text("{")
-    assert twin.inspect(tmp_path / "pytorch_model.bin").licence == ""
+    assert inspection.inspect(tmp_path / "pytorch_model.bin").licence == ""
 
 
 def small(path, **options):
@@ -238,9 +240,9 @@ def test_a_product_is_what_its_card_says(tmp_path):
     """Of another width than any name, with heads that no tensor shows."""
     made = make_product(tmp_path / "run" / "model", network(act_layer="gelu_tanh", depth=2),
                         options=TINY | {"act_layer": "gelu_tanh", "depth": 2})  # fmt: skip
-    found = twin.inspect(made / "model.safetensors")
+    found = inspection.inspect(made / "model.safetensors")
     assert (found.layout, found.model, found.twin) == (
-        twin.OWN, "vitflower_ti16", "vit_tiny_patch16_224",
+        inspection.OWN, "vitflower_ti16", "vit_tiny_patch16_224",
     )  # fmt: skip
     assert found.options["num_heads"] == 2
     built = timm.create_model(found.model, **found.options)
@@ -249,12 +251,14 @@ def test_a_product_is_what_its_card_says(tmp_path):
     assert "act_layer='gelu_tanh'" in found.call
     state = weights.read(made / "model.safetensors")
     save_file(state, tmp_path / "w.safetensors", metadata={"vitft": '{"architecture": "x"}'})
-    assert twin.inspect(tmp_path / "w.safetensors").layout == "timm"  # no Card that can be believed
+    assert (
+        inspection.inspect(tmp_path / "w.safetensors").layout == "timm"
+    )  # no Card that can be believed
 
 
 def test_a_clip_tower_under_timms_names_is_told_its_epsilon_and_asked_its_activation(tmp_path):
     path = file_of(tmp_path / "w.pth", "vitflower_b32", pre_norm=True, num_classes=512)
-    found = twin.inspect(path)
+    found = inspection.inspect(path)
     assert found.layout == "timm (CLIP tower)"
     assert found.options == {"num_classes": 512, "pre_norm": True, "norm_eps": 1e-5}
     assert any("act_layer: quick_gelu" in note for note in found.notes)
@@ -262,13 +266,13 @@ def test_a_clip_tower_under_timms_names_is_told_its_epsilon_and_asked_its_activa
 
 @pytest.mark.shared
 def test_the_real_files_are_recognised(real_weights):
-    found = twin.inspect(real_weights / "dinov2_vits14_imgfocus.fp16.safetensors")
+    found = inspection.inspect(real_weights / "dinov2_vits14_imgfocus.fp16.safetensors")
     assert (found.model, found.twin) == ("vitflower_s14", "vit_small_patch14_dinov2")
     assert (found.img_size, found.options) == (518, {"num_classes": 0})
     assert found.parameters == 22_056_192
     assert found.layout == "timm (LayerScale, as DINOv2)"
     assert found.licence == "Apache-2.0 and MIT (named in the file's header)"
-    found = twin.inspect(real_weights / "tf_efficientnet_lite0.safetensors")
+    found = inspection.inspect(real_weights / "tf_efficientnet_lite0.safetensors")
     assert (found.model, found.layout) == ("tf_efficientnet_lite0", "an EfficientNet or MobileNet")
     assert found.licence == "Apache-2.0 (named in the file's header)"
 
@@ -336,7 +340,7 @@ def test_inspect_knows_the_owners_files_and_its_answer_builds_a_model_that_fits(
     with torch.device("meta"):
         shapes = {k: v.shape for k, v in make(owner).items() if v.is_floating_point()}
     torch.save(spread(shapes), tmp_path / "w.pth")
-    found = twin.inspect(tmp_path / "w.pth")
+    found = inspection.inspect(tmp_path / "w.pth")
     assert (found.layout, found.model, found.img_size) == (layout, name, side)
     assert {k: found.options.get(k) for k in options} == options
     assert any("quick_gelu" in note for note in found.notes) is layout.startswith("CLIP")
