@@ -13,9 +13,10 @@ from far import serving
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import tensors
-from test_shards import write_tar, write_wds
+from test_shards import CLASSES, samples, write_parquet, write_tar, write_wds
 
-from vitft import afar, ahead, containers, data, images, offline, recipe
+from vitft import afar, ahead, columns, containers, data, images, offline, recipe, verify
+from vitft.containers import Piece
 from vitft.errors import DataError, MachineError, RecipeError, VitftError
 from vitft.inputs import InputConfig, epoch_rows, plain
 from vitft.loaders import Batches
@@ -41,7 +42,7 @@ def server(tmp_path, tiny_photos, monkeypatch):
 def small(monkeypatch):
     """Pieces of 4 KiB, which hold about four photographs, and two of them in a window."""
     monkeypatch.setattr(afar, "PIECE", 4096)
-    monkeypatch.setattr(ahead, "WINDOW", 2)
+    monkeypatch.setattr(ahead, "WINDOW", 2 * 4096)
 
 
 def scan(root: Path) -> data.Index:
@@ -146,7 +147,7 @@ def test_an_epoch_has_every_photograph_once_and_fetches_no_piece_twice(server, s
     shutil.rmtree(afar._home() / "pieces")
     room = 6 * afar.PIECE  # a window, and what is fetched before it is wanted
     monkeypatch.setattr(afar, "ROOM", room)
-    monkeypatch.setattr(ahead, "AHEAD", 2)
+    monkeypatch.setattr(ahead, "AHEAD", 2 * 4096)
     server.asked.clear()
     batches = Batches(photos, batch_size=4, seed=0, shuffle=True, device=torch.device("cpu"))
     rows = [row for _, _, which in batches.epoch(0) for row in which.tolist()]
@@ -171,48 +172,65 @@ def test_an_epoch_is_entered_at_any_step(server, small):
     )
 
 
+def held_of(places: list[int], size: int = 1) -> ahead.Pieces:
+    """Photographs of one file, by the number of the piece of each."""
+    numbers, of = np.unique(np.array(places), return_inverse=True)
+    where = tuple(Piece(Path("a.tar"), int(k), size) for k in numbers)
+    return ahead.Pieces(of.astype(np.int64), where)
+
+
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=400), st.integers(0, 9), st.booleans())
 def test_windows_keep_the_rows_and_part_no_piece(places, epoch, twice):
-    """Compared with the definition: sorted by window, in the given order within each."""
-    names, of = np.unique(np.array(places), return_inverse=True)
-    held = ahead.Pieces(of.astype(np.int64), tuple((Path("a.tar"), int(k)) for k in names))
+    """Compared with the definition: pieces by turns, and the given order within a window."""
+    held = held_of(places)
     order = np.random.default_rng(epoch).permutation(len(places)).astype(np.int64)
     if twice:
         order = np.concatenate([order, order[::-1]])
-    found = ahead.in_windows(order, held, 5, epoch)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ahead, "WINDOW", 16)
+        found = ahead.in_windows(order, held, 5, epoch)
     assert sorted(found) == sorted(order)
-    changes = np.flatnonzero(np.diff(found_windows := _windows(held, found, 5, epoch)))
-    assert (np.diff(found_windows) >= 0).all()
-    assert len(changes) < -(-len(names) // ahead.WINDOW)
-    for window in set(found_windows):
-        inside = set(held.of[found[found_windows == window]])
-        assert list(found[found_windows == window]) == [r for r in order if held.of[r] in inside]
-        assert len(inside) <= ahead.WINDOW
+    pieces = list(dict.fromkeys(held.of[found].tolist()))  # by first use
+    windows = [pieces[k : k + 16] for k in range(0, len(pieces), 16)]
+    wanted = [row for inside in windows for row in order if held.of[row] in set(inside)]
+    assert found.tolist() == wanted
 
 
-def _windows(held: ahead.Pieces, rows: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """The window of each row, found by pieces' first places."""
-    seen: dict[int, int] = {}
-    out = []
-    for piece in held.of[rows]:
-        seen.setdefault(int(piece), len(seen) // ahead.WINDOW)
-        out.append(seen[int(piece)])
-    return np.array(out)
+def test_windows_draw_their_pieces_from_everywhere_and_anew():
+    held = held_of(list(range(640)) * 3)
+    order = np.arange(1920)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ahead, "WINDOW", 64)
+        firsts = [ahead.in_windows(order, held, 0, epoch)[: 3 * 64] for epoch in range(2)]
+    one, two = (set(held.of[rows].tolist()) for rows in firsts)
+    assert len(one) == len(two) == 64
+    assert len(one & two) < 20  # 6.4 expected
+    assert min(one) < 64
+    assert max(one) >= 576
+
+
+def test_windows_are_measured_in_bytes():
+    """Sizes 5 of 10: two a window, however they are drawn."""
+    held = held_of([0, 1, 2, 3, 4], size=5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ahead, "WINDOW", 10)
+        found = ahead.in_windows(np.array([4, 3, 2, 1, 0]), held, 0, 0)
+    assert all(found[k] > found[k + 1] for k in (0, 2))
 
 
 def test_pieces_come_in_the_order_in_which_steps_want_them():
-    held = ahead.Pieces(np.array([2, 0, 1, 0, 2, 3]), tuple((Path("a.tar"), k) for k in range(4)))
+    held = held_of([2, 0, 1, 0, 2, 3])
     steps = [np.array([1, 3]), np.array([], np.int64), np.array([0, 2]), np.array([5, 4])]
-    plan, wanted = ahead._plan(held, steps)
-    assert [number for _, number in plan] == [0, 2, 1, 3]
+    pieces, wanted = ahead._plan(held, steps)
+    assert pieces.tolist() == [0, 2, 1, 3]
     assert wanted.tolist() == [0, 2, 2, 3]
 
 
 def test_no_more_is_fetched_than_will_soon_be_wanted(monkeypatch):
     calls: list[int] = []
-    monkeypatch.setattr(afar, "fetch", lambda file, number: calls.append(number))
-    monkeypatch.setattr(ahead, "AHEAD", 2)
-    held = ahead.Pieces(np.arange(9), tuple((Path("a.tar"), k) for k in range(9)))
+    monkeypatch.setattr(containers, "fetch", lambda piece: calls.append(piece.number))
+    monkeypatch.setattr(ahead, "AHEAD", 20)
+    held = held_of(list(range(9)), size=10)
     with ahead.fetching(held, [np.array([k]) for k in range(9)]) as reached:
         _eventually(lambda: len(calls) == 2)
         reached(0)
@@ -260,6 +278,141 @@ def test_many_who_want_one_piece_fetch_it_once(server, tmp_path):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda _: afar.fetch(folder / "shard-0000.tar", 0), range(8)))
     assert len(server.asked) == 1
+
+
+# -- tables ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tables(tmp_path, tiny_photos, monkeypatch):
+    """Two Parquet files of 40 and 20 photographs, in groups of 7, served like the hub's."""
+    pytest.importorskip("pyarrow")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(afar, "PAUSE", 0.01)
+    found = samples(tiny_photos)
+    order = np.random.default_rng(0).permutation(len(found))
+    rows = [(found[i][0], CLASSES.index(found[i][1])) for i in order]
+    home = tmp_path / "hub" / "datasets" / "me" / "plants" / "resolve" / "main" / "data"
+    write_parquet(home / "train-00000-of-00001.parquet", rows[:40])
+    write_parquet(home / "test-00000-of-00001.parquet", rows[40:])
+    with serving(tmp_path / "hub") as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url("").rstrip("/"))
+        server.home = home
+        yield server
+
+
+@pytest.mark.parametrize("mode", ["probe", "full"])
+def test_a_run_on_tables_of_the_hub_is_that_on_the_folder(tables, tiny_recipe, tmp_path, mode):
+    """The order goes by contents and splits alone; named files, so that no listing is asked for."""
+    named = "{train,test}-00000-of-00001.parquet"
+    root = f"hf://datasets/me/plants/data/{named}"
+    more = ["data.split=stratified", *(["train.epochs=2"] if mode == "full" else [])]
+    there = run(tiny_recipe(mode, f"data.root={root}", *more))
+    here = run(tiny_recipe(mode, f"data.root={tables.home}", "data.source=hfds", *more))
+    workers = "train.workers=2"
+    again = run(tiny_recipe(mode, f"data.root={tables.home}", "data.source=hfds", workers, *more))
+    for other in (here, again):
+        a, b = tensors(there.folder), tensors(other.folder)
+        assert all(torch.equal(a[k], b[k]) for k in a)
+    said = [(r.folder / "predictions.csv").read_bytes() for r in (there, here, again)]
+    assert said[0] == said[1] == said[2]
+    assert [check for check in verify.verify(there.folder) if not check.ok] == []
+    assert "data:image/" in (there.folder / "report.html").read_text()
+
+
+def test_tables_hold_the_data_set_of_the_folder(tables, tiny_photos):
+    spec = DataSpec(root=str(tables.home), source="hfds", split="stratified")
+    found, folder = data.scan(spec, seed=0), scan(tiny_photos)
+    rows = zip(found.sha256, found.labels.tolist(), found.split, strict=True)
+    assert sorted(rows) == sorted(
+        zip(folder.sha256, folder.labels.tolist(), folder.split, strict=True)
+    )
+    assert found.classes == CLASSES
+
+
+def test_the_hub_is_asked_for_the_files_of_a_data_set(tables, monkeypatch):
+    def listed(self, repo, **asked):
+        assert (repo, asked["repo_type"], asked["revision"]) == ("me/plants", "dataset", "main")
+        return ["README.md", *(f"data/{f.name}" for f in sorted(tables.home.iterdir()))]
+
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", listed)
+    index = scan(offline.data_root("hf://datasets/me/plants"))
+    assert (len(index.rows("train")) + len(index.rows("val")), len(index.rows("test"))) == (40, 20)
+
+
+@pytest.mark.parametrize(
+    ("files", "words", "remedy"),
+    [
+        (["a/train.parquet", "b/train.parquet"], "several sets: a, b", "hf://datasets/me/plants/a"),
+        (["README.md"], "neither .parquet nor .tar", "download it"),
+    ],
+)
+def test_a_data_set_of_the_hub_that_is_unclear_is_refused(
+    tables, monkeypatch, files, words, remedy
+):
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda *a, **k: files)
+    with pytest.raises(RecipeError) as caught:
+        offline.data_root("hf://datasets/me/plants")
+    id, text, fix = refusal(caught.value)
+    assert id == "data.address"
+    assert words in text
+    assert remedy in fix
+
+
+def test_a_hub_without_an_answer_is_said(tables, monkeypatch):
+    def silent(*args, **asked):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", silent)
+    with pytest.raises(MachineError, match="no route to host") as caught:
+        offline.data_root("hf://datasets/me/plants")
+    assert refusal(caught.value)[0] == "env.unreachable"
+
+
+def test_a_data_set_that_the_hub_has_not_is_said(tables, monkeypatch):
+    """The hub's own library meets the server's 404."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(DataError) as caught:
+        offline.data_root("hf://datasets/me/trees")
+    assert refusal(caught.value)[0] == "data.root_missing"
+
+
+def test_a_group_is_read_once_and_holds_every_picture(tables, tiny_photos):
+    file = tables.home / "train-00000-of-00001.parquet"
+    index = data.scan(DataSpec(root=str(file)), seed=0)
+    places = [containers.piece(path) for path in map(index.file, range(40))]
+    assert [p.number for p in places] == [k // 7 for k in range(40)]
+    known = {images.read_bytes(path) for path in tiny_photos.rglob("*.jpg")}
+    assert {images.read_bytes(index.file(k)) for k in range(40)} < known
+    assert containers.exists(index.file(0))
+    assert not containers.exists(file / "40")
+    assert columns.read(file, "3", 10) is None
+    with pytest.raises(FileNotFoundError):
+        columns.read(file, "40", 10**6)
+
+
+def test_rows_and_files_that_hold_no_picture_are_said(tmp_path, tiny_photos, tables):
+    found = samples(tiny_photos)
+    rows = [(None if k == 1 else b"" if k == 2 else found[k][0], k % 3) for k in range(6)]
+    file = write_parquet(tmp_path / "odd.parquet", rows)
+    with pytest.raises(DataError, match="row 1 holds no picture") as caught:
+        images.read_bytes(file / "1")
+    assert refusal(caught.value)[0] == "data.shard"
+    with pytest.raises(DataError, match="0 bytes"):
+        images.read_bytes(file / "2")
+    whole = file.read_bytes()
+    for cut in (whole[:-5], whole[: len(whole) // 2], b"no table at all" * 20):
+        (tmp_path / "cut.parquet").write_bytes(cut)
+        with pytest.raises(DataError) as caught:
+            scan(tmp_path / "cut.parquet")
+        id, text, fix = refusal(caught.value)
+        assert (id, fix) == ("data.shard", "copy the file again, or write it anew")
+        assert "is no whole Parquet file" in text
+    damaged = bytearray(whole)
+    damaged[100:400] = bytes(300)
+    (tmp_path / "cut.parquet").write_bytes(damaged)
+    with pytest.raises(DataError):
+        scan(tmp_path / "cut.parquet")
 
 
 # -- bad manners ----------------------------------------------------------------------------------
@@ -387,10 +540,11 @@ def test_braces_expand_as_in_a_shell(text):
         ("https://host/x/%2e%2e/a.tar", "leads upwards", "train-{0000..0031}.tar"),
         ("https://host/{9..3}.tar", "names no file", "train-{0000..0031}.tar"),
         ("https://host/{0..99999}{0..9}.tar", "at most 100,000", "make larger shards"),
-        ("hf://me/plants/a.tar", "names no file of a data set", "hf://datasets/OWNER/NAME/"),
+        ("hf://me/plants/a.tar", "names no data set of the hub", "hf://datasets/OWNER/NAME"),
     ],
 )
-def test_addresses_that_are_none_are_said_without_a_network(root, words, remedy):
+def test_addresses_that_are_none_are_said_without_a_network(root, words, remedy, monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     with pytest.raises(RecipeError) as caught:
         offline.data_root(root)
     id, text, fix = refusal(caught.value)

@@ -25,6 +25,7 @@ FLOORS = (
     "trust evaluate suspects hybrid trials",
     # files elsewhere, files in files
     "afar",
+    "columns",
     "containers",
     "raw",
     "console images pictures tally checkpoint gallery unpack summary shards regime",

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import tensors
 
-from vitft import containers, data, images, verify
+from vitft import columns, containers, data, images, verify
 from vitft.errors import DataError, MachineError
 from vitft.inputs import InputConfig, plain
 from vitft.photos import Photos
@@ -54,8 +54,8 @@ def write_wds(root: Path, photos: Path, label=lambda name: {"cls": name.encode()
     return root
 
 
-def write_hfds(root: Path, splits: dict[str, list[tuple[bytes | None, int]]], names=CLASSES):
-    """What `datasets.Dataset.save_to_disk` writes: Arrow streams of two record batches each."""
+def table_of(rows, names=CLASSES):
+    """Columns image and label, with the data set's own words about them."""
     pa = pytest.importorskip("pyarrow")
     features = {
         "image": {"_type": "Image"},
@@ -64,15 +64,29 @@ def write_hfds(root: Path, splits: dict[str, list[tuple[bytes | None, int]]], na
     about = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
     picture = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     schema = pa.schema([("image", picture), ("label", pa.int64())], metadata=about)
+    pictures = [{"bytes": body, "path": None} for body, _ in rows]
+    columns = [pa.array(pictures, picture), pa.array([y for _, y in rows], pa.int64())]
+    return pa.table(columns, schema=schema)
+
+
+def write_parquet(file: Path, rows: list[tuple[bytes | None, int]], names=CLASSES) -> Path:
+    """What `datasets.Dataset.push_to_hub` writes, in groups of 7 rows."""
+    pq = pytest.importorskip("pyarrow.parquet")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table_of(rows, names), file, row_group_size=7)
+    return file
+
+
+def write_hfds(root: Path, splits: dict[str, list[tuple[bytes | None, int]]], names=CLASSES):
+    """What `datasets.Dataset.save_to_disk` writes: Arrow streams of two record batches each."""
+    pa = pytest.importorskip("pyarrow")
     for split, rows in splits.items():
         folder = root / split
         folder.mkdir(parents=True)
         name = "data-00000-of-00001.arrow"
-        with pa.ipc.new_stream(str(folder / name), schema) as out:
+        with pa.ipc.new_stream(str(folder / name), table_of([], names).schema) as out:
             for part in (rows[:7], rows[7:]):
-                pictures = [{"bytes": body, "path": None} for body, _ in part]
-                columns = [pa.array(pictures, picture), pa.array([y for _, y in part], pa.int64())]
-                out.write_batch(pa.record_batch(columns, schema=schema))
+                out.write_table(table_of(part, names))
         (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
     (root / "dataset_dict.json").write_text(json.dumps({"splits": list(splits)}))
     return root
@@ -254,6 +268,14 @@ def test_a_single_tar_is_known_by_its_name(tmp_path, tiny_photos):
 # -- what is wrong --------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("name", "source"), [("0.tar", "wds"), ("0.parquet", "hfds")])
+def test_a_folder_of_nothing_but_shards_is_told_its_source(tmp_path, name, source):
+    (tmp_path / name).write_bytes(b"anything")
+    with pytest.raises(DataError) as caught:
+        scan(tmp_path)
+    assert caught.value.faults[0].fix.startswith(f"set data.source: {source} if")
+
+
 def test_an_unreadable_picture_is_refused_by_name_and_counted(tmp_path, tiny_photos):
     root = write_wds(tmp_path / "shards", tiny_photos)
     write_tar(root / "shard-0009.tar", {"bad.jpg": b"\xff\xd8\xff no more", "bad.cls": b"red"})
@@ -347,7 +369,7 @@ def test_without_pyarrow_the_extra_is_named(tmp_path, tiny_photos, monkeypatch):
     rows = [(body, CLASSES.index(name)) for body, name in samples(tiny_photos)]
     root = write_hfds(tmp_path / "a", {"train": rows})
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    containers._table.cache_clear()
+    columns._mapping.cache_clear()
     with pytest.raises(MachineError, match=r"env.extra.*\n?fix: pip install 'vitft\[hfds\]'"):
         scan(root)
 

@@ -1,6 +1,6 @@
 """Files on a web server, read where they lie: in pieces, each kept while there is room.
 
-    data.root  https://host/plants/{train-{00..31},val-{00..03}}.tar, hf://datasets/NAME/0.tar
+    data.root  https://host/plants/{train-{00..31},val-{00..03}}.tar  or  hf://datasets/OWNER/NAME
     CACHE/afar/host-1f0c93ab/train-00.tar   stand-in of a file: its address, size and mark
     CACHE/afar/pieces/8d2e01f7-17/data      its bytes from 17 * 16 MiB on
 
@@ -28,6 +28,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from vitft import io
 from vitft.errors import BusyError, DataError, Fault, MachineError, RecipeError
+from vitft.folders import SPLIT_FOLDERS
 
 PIECE = 2**24  # bytes fetched at once
 ROOM = 2**32  # bytes of pieces that stay on the disk
@@ -40,6 +41,10 @@ WEB = ("http", "https")
 TRUE = {"1", "on", "yes", "true"}
 NAMES = "classes.txt"  # fetched too, where it lies beside the files
 SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
+HUB_ADDRESS = re.compile(
+    r"hf://datasets/(?P<repo>[^/@{}]+/[^/@{}]+)(@(?P<revision>[^/]+))?(/(?P<path>.+))?",
+    re.IGNORECASE,
+)
 BRACES = re.compile(r"(?P<a>\d+)\.\.(?P<b>\d+)")
 BAD_ADDRESS = "write such as https://host/plants/train-{0000..0031}.tar"
 
@@ -75,7 +80,7 @@ def place(root: str) -> Path:
     Raises:
         RecipeError: `data.address`.
     """
-    host = urlsplit(_urls(root)[0]).hostname or ""
+    host = urlsplit(_hub() if _scheme(root) == "hf" else _expanded(root)[0]).hostname or ""
     return _home() / f"{host}-{sha256(root.encode()).hexdigest()[:8]}"
 
 
@@ -94,10 +99,11 @@ def arrive(root: str) -> tuple[Path, tuple[Far, ...]]:
             `data.shard` (empty, or the server sends whole files only).
         MachineError: `env.unreachable`, `env.disk_full`.
     """
-    folder, urls = place(root), _urls(root)
+    folder = place(root)
     if offline():
         text, fix = "the network is switched off by the environment", "unset HF_HUB_OFFLINE"
         raise MachineError.of("env.unreachable", root, text, fix)
+    urls = _urls(root)
     above = os.path.commonpath([PurePosixPath(urlsplit(url).path).parent for url in urls])
     with ThreadPoolExecutor(CONNECTIONS) as pool:
         found = list(pool.map(_look_up, urls))
@@ -130,9 +136,14 @@ def identity(file: Path) -> str:
     return _name(meant(file))
 
 
-def opened(file: Path) -> streams.BufferedReader:
-    """A file elsewhere, as if it were open here."""
-    return streams.BufferedReader(_Stream(file), 2**20)
+def opened(file: Path, *, keep: bool = True) -> streams.BufferedReader:
+    """A file elsewhere, as if it were open here.
+
+    Args:
+        file: Its stand-in.
+        keep: Read by pieces, as `read` does; else exactly what is asked for, and keep nothing.
+    """
+    return streams.BufferedReader(_Stream(file, keep), 2**20)
 
 
 def read(file: Path, start: int, length: int) -> bytes:
@@ -232,8 +243,8 @@ def _of_piece(file: Path, number: int, start: int, length: int) -> bytes:
 
 
 class _Stream(streams.RawIOBase):
-    def __init__(self, file: Path) -> None:
-        self.file, self.at, self.size = file, 0, meant(file).size
+    def __init__(self, file: Path, keep: bool) -> None:
+        self.file, self.far, self.kept, self.at = file, meant(file), keep, 0
 
     def readable(self) -> bool:
         return True
@@ -242,16 +253,19 @@ class _Stream(streams.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        self.at = max(0, (0, self.at, self.size)[whence] + offset)
+        self.at = max(0, (0, self.at, self.far.size)[whence] + offset)
         return self.at
 
     def tell(self) -> int:
         return self.at
 
     def readinto(self, buffer: Any) -> int:
-        """As many bytes as there are up to the end of a piece, for none is fetched in part."""
-        length = min(len(buffer), PIECE - self.at % PIECE)
-        data = read(self.file, self.at, length)
+        """Where pieces are kept, at most up to the end of one, for none is fetched in part."""
+        if self.kept:
+            data = read(self.file, self.at, min(len(buffer), PIECE - self.at % PIECE))
+        else:
+            end = min(self.at + len(buffer), self.far.size)
+            data = _receive(self.far, self.at, end) if self.at < end else b""
         buffer[: len(data)] = data
         self.at += len(data)
         return len(data)
@@ -298,11 +312,8 @@ def _fetch_names(url: str, above: str, folder: Path) -> None:
 # -- addresses ------------------------------------------------------------------------------------
 
 
-@cache
-def _urls(root: str) -> tuple[str, ...]:
-    """The files of an address, with hf:// as the hub's own."""
-    scheme, _, rest = root.partition("://")
-    scheme = scheme.lower()
+def _scheme(root: str) -> str:
+    scheme = root.partition("://")[0].lower()
     if scheme not in (*WEB, "hf"):
         text = f"{scheme}:// is not read; http, https and hf are"
         fix = "name its https address, mount it as a folder, or copy it"
@@ -310,17 +321,73 @@ def _urls(root: str) -> tuple[str, ...]:
     if "@" in urlsplit(root).netloc:
         fix = "leave them out: the address is written into reports"
         raise RecipeError.of("data.address", "data.root", "it holds a user or password", fix)
-    urls = tuple(_hub(one) if scheme == "hf" else f"{scheme}://{one}" for one in expand(rest, root))
+    return scheme
+
+
+def _expanded(root: str) -> list[str]:
+    """The files of a web address."""
+    rest = root.partition("://")[2]
+    return _sound(root, [f"{_scheme(root)}://{one}" for one in expand(rest, root)])
+
+
+def _urls(root: str) -> list[str]:
+    """The files of an address; what lies in a repository of the hub is asked there."""
+    if _scheme(root) != "hf":
+        return _expanded(root)
+    found = HUB_ADDRESS.fullmatch(root)
+    if found is None:
+        fix = "write hf://datasets/OWNER/NAME, or hf://datasets/OWNER/NAME/train-{0000..0031}.tar"
+        raise RecipeError.of("data.address", root, "names no data set of the hub", fix)
+    repo, revision, path = found["repo"], found["revision"] or "main", found["path"] or ""
+    named = PurePosixPath(path).suffix
+    paths = expand(path, root) if named else _of_repository(root, repo, revision, path)
+    base = f"{_hub()}/datasets/{repo}/resolve/{quote(revision, safe='')}"
+    return _sound(root, [f"{base}/{quote(one)}" for one in paths])
+
+
+def _sound(root: str, urls: list[str]) -> list[str]:
     paths = [PurePosixPath(unquote(urlsplit(url).path)) for url in urls]
     kinds = {path.suffix.lower() for path in paths}
-    if kinds != {".tar"}:
+    if kinds not in ({".tar"}, {".parquet"}):
         named = ", ".join(sorted(kind or "no ending" for kind in kinds))
-        text = f"shards are uncompressed .tar files, this names {named}"
+        text = f"shards are uncompressed .tar or .parquet files, this names {named}"
         raise RecipeError.of("data.address", root, text, BAD_ADDRESS)
     if len(set(paths)) < len(paths) or any(".." in path.parts for path in paths):
         text = "names a file twice, or leads upwards (..)"
         raise RecipeError.of("data.address", root, text, BAD_ADDRESS)
     return urls
+
+
+def _of_repository(root: str, repo: str, revision: str, folder: str) -> list[str]:
+    """The Parquet files of a repository, else its tars, of one configuration."""
+    from huggingface_hub import HfApi
+
+    try:
+        listed = HfApi(endpoint=_hub()).list_repo_files(
+            repo, repo_type="dataset", revision=revision, token=_token(_hub()) != {}
+        )
+    except Exception as error:  # of the hub's library, or of the one under it
+        code = getattr(getattr(error, "response", None), "status_code", None)
+        if code in (401, 403, 404):
+            raise DataError([_refused(root, code, "")]) from None
+        fix = "look at the network and the address, and run again"
+        raise MachineError.of("env.unreachable", root, f"{error}".splitlines()[0], fix) from None
+    within = [path for path in listed if path.startswith(f"{folder}/" if folder else "")]
+    kinds = ([p for p in within if p.endswith(kind)] for kind in (".parquet", ".tar"))
+    paths = next((found for found in kinds if found), [])
+    folders = sorted({str(PurePosixPath(path).parent) for path in paths})
+    several = [name for name in folders if PurePosixPath(name).name not in SPLIT_FOLDERS]
+    if len(several) > 1:
+        text = f"holds several sets: {', '.join(several[:8])}"
+        raise RecipeError.of("data.address", root, text, f"name one: {root}/{several[0]}")
+    if not paths:
+        text, fix = "holds neither .parquet nor .tar files", "download it, and name its folder"
+        raise RecipeError.of("data.address", root, text, fix)
+    return paths
+
+
+def _hub() -> str:
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 
 
 def expand(text: str, place: str) -> list[str]:
@@ -348,13 +415,11 @@ def expand(text: str, place: str) -> list[str]:
     if len(choices) == 1 and (span := BRACES.fullmatch(choices[0])):
         choices = _numbers(span["a"], span["b"], place)
     inner = [name for choice in choices for name in expand(choice, place)]
-    found = [
-        text[:opening] + name + rest for name in inner for rest in expand(text[at + 1 :], place)
-    ]
-    if len(found) > MOST:
-        text = f"names {len(found):,} files, at most {MOST:,}"
+    rests = expand(text[at + 1 :], place)
+    if len(inner) * len(rests) > MOST:
+        text = f"names {len(inner) * len(rests):,} files, at most {MOST:,}"
         raise RecipeError.of("data.address", place, text, "make larger shards")
-    return found
+    return [text[:opening] + name + rest for name in inner for rest in rests]
 
 
 def _numbers(first: str, last: str, place: str) -> list[str]:
@@ -365,17 +430,6 @@ def _numbers(first: str, last: str, place: str) -> list[str]:
     padded = any(len(end) > 1 and end.startswith("0") for end in (first, last))
     width = max(len(first), len(last)) if padded else 0
     return [str(n).zfill(width) for n in range(low, high + 1)]
-
-
-def _hub(rest: str) -> str:
-    """`datasets/OWNER/NAME@REVISION/PATH` -> its address on the hub."""
-    found = re.fullmatch(r"datasets/(?P<repo>[^/@]+/[^/@]+)(@(?P<rev>[^/]+))?/(?P<path>.+)", rest)
-    if found is None:
-        fix = "write hf://datasets/OWNER/NAME/train-{0000..0031}.tar"
-        raise RecipeError.of("data.address", f"hf://{rest}", "names no file of a data set", fix)
-    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    path = quote(found["path"], safe="/{},.")
-    return f"{hub}/datasets/{found['repo']}/resolve/{found['rev'] or 'main'}/{path}"
 
 
 # -- the wire -------------------------------------------------------------------------------------
@@ -422,8 +476,7 @@ def connect(
 
 def _token(url: str) -> dict[str, str]:
     """For the hub, and for nobody else."""
-    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    if urlsplit(url).netloc != urlsplit(hub).netloc:
+    if urlsplit(url).netloc != urlsplit(_hub()).netloc:
         return {}
     from huggingface_hub import get_token
 

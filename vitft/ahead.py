@@ -1,4 +1,4 @@
-"""Photographs afar: an order that reads each piece of a file once, and pieces fetched in time.
+"""Photographs that are had by pieces: an order that takes each piece once, and pieces in time.
 
     order     windows of pieces drawn at random; within a window photographs in random order
     fetching  in the order in which the pieces are wanted, a bounded way ahead of the model
@@ -20,12 +20,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from vitft import afar, containers
+from vitft import containers
+from vitft.containers import Piece
 from vitft.errors import VitftError
 from vitft.inputs import derive_seed
 
-WINDOW = 64  # pieces shuffled together: 1 GiB
-AHEAD = 96  # pieces fetched before they are wanted: 1.5 GiB, of `afar.ROOM`
+WINDOW = 2**30  # bytes of pieces shuffled together
+AHEAD = 3 * 2**29  # bytes of pieces fetched before they are wanted; both of `afar.ROOM`
 CONNECTIONS = 4
 
 Rows = NDArray[np.int64]
@@ -37,20 +38,20 @@ class Pieces:
 
     Attributes:
         of: int64 [N]: number of the piece, in the order of files and of their bytes.
-        where: File and piece number in it, of each piece.
+        where: The pieces.
     """
 
     of: Rows
-    where: tuple[tuple[Path, int], ...]
+    where: tuple[Piece, ...]
 
 
 def pieces(files: Sequence[Path]) -> Pieces | None:
-    """The pieces of photographs; None where they lie here.
+    """The pieces of photographs; None where they are had one by one.
 
     Args:
         files: [N] paths of photographs, of one root.
     """
-    if not files or not afar.holds(files[0]):
+    if not files or not containers.in_pieces(files[0]):
         return None
     found = [containers.piece(file) for file in files]
     where = tuple(sorted(set(found)))
@@ -71,7 +72,9 @@ def in_windows(order: Rows, held: Pieces, seed: int, epoch: int) -> Rows:
         int64 [n]: the same rows.
     """
     draw = np.random.Generator(np.random.PCG64(derive_seed(seed, "pieces", epoch)))
-    window = draw.permutation(len(held.where)) // WINDOW  # [pieces]
+    drawn = draw.permutation(len(held.where))
+    window = np.empty(len(drawn), np.int64)  # [pieces]
+    window[drawn] = (np.cumsum(_sizes(held)[drawn]) - 1) // WINDOW
     return order[np.argsort(window[held.of[order]], kind="stable")]
 
 
@@ -88,22 +91,25 @@ def fetching(held: Pieces, steps: Sequence[Rows]) -> Iterator[Callable[[int], No
     Yields:
         To be called with the number of the step that was reached.
     """
-    plan, wanted = _plan(held, steps)
+    pieces, wanted = _plan(held, steps)
+    ends, plan = np.cumsum(_sizes(held)[pieces]), iter([held.where[k] for k in pieces])
     room = threading.Semaphore(0)
     ended = threading.Event()
     released = 0
 
     def reached(step: int) -> None:
         nonlocal released
-        allowed = int(np.searchsorted(wanted, step, side="right")) + AHEAD
+        begun = int(np.searchsorted(wanted, step, side="right"))
+        far = (int(ends[begun - 1]) if begun else 0) + AHEAD
+        allowed = max(begun, int(np.searchsorted(ends, far, side="right")))
         for _ in range(allowed - released):
             room.release()
         released = max(released, allowed)
 
     def fetch() -> None:
-        for file, number in iter(lambda: _next(plan, room, ended), None):
+        for piece in iter(lambda: _next(plan, room, ended), None):
             try:
-                afar.fetch(file, number)
+                containers.fetch(piece)
             except (VitftError, OSError):
                 return
 
@@ -118,18 +124,20 @@ def fetching(held: Pieces, steps: Sequence[Rows]) -> Iterator[Callable[[int], No
             room.release(CONNECTIONS)
 
 
-def _plan(held: Pieces, steps: Sequence[Rows]) -> tuple[Iterator[tuple[Path, int]], Rows]:
+def _sizes(held: Pieces) -> Rows:
+    return np.array([piece.size for piece in held.where], np.int64)
+
+
+def _plan(held: Pieces, steps: Sequence[Rows]) -> tuple[Rows, Rows]:
     """Pieces in the order of first use, and the step of each first use."""
     counts = np.array([len(rows) for rows in steps], np.int64)
     wanted = held.of[np.concatenate([np.zeros(0, np.int64), *steps])]
     step = np.repeat(np.arange(len(steps)), counts)
     _, first = np.unique(wanted, return_index=True)
     first.sort()
-    return iter([held.where[k] for k in wanted[first]]), step[first]
+    return wanted[first], step[first]
 
 
-def _next(
-    plan: Iterator[tuple[Path, int]], room: threading.Semaphore, ended: threading.Event
-) -> tuple[Path, int] | None:
+def _next(plan: Iterator[Piece], room: threading.Semaphore, ended: threading.Event) -> Piece | None:
     room.acquire()
     return None if ended.is_set() else next(plan, None)

@@ -1,15 +1,14 @@
-"""Pictures inside large files, read where they lie: tar shards, also afar, and Arrow tables.
+"""Pictures inside large files, read where they lie: here, or afar (`vitft.afar`).
 
     shards/train-0000.tar/daisy_17.jpg         a member of a tar, found by its name
-    plants/train/data-00000-of-00002.arrow/17  a row of a Hugging Face data set, by its number
+    plants/train/data-00000-of-00002.arrow/17  a row of a table (`vitft.columns`), by its number
 
 Such a path is a photograph's path everywhere else: nothing is unpacked, and reading is by position,
-in any order. Headers are read once per process and file; a process that forks hands them on. Of a
-file afar (`vitft.afar`) they are read once and for all.
+in any order. Headers are read once per process and file; a process that forks hands them on. Those
+of a file afar are read once and for all.
 """
 
 import json
-import os
 import tarfile
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -17,10 +16,10 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
-from vitft import afar, io
-from vitft.errors import DataError, Fault, MachineError
+from vitft import afar, columns, io
+from vitft.errors import DataError, Fault
 
-KINDS = (".tar", ".arrow")
+KINDS = (".tar", *columns.KINDS)
 REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE)
 # What hostile headers bring out of the standard library besides its own error.
 BROKEN = (tarfile.TarError, ValueError, EOFError, MemoryError, OverflowError, RecursionError)
@@ -55,8 +54,8 @@ def read(file: Path, name: str, limit: int) -> bytes | None:
         OSError: As of a file of its own: missing, or not readable.
         DataError: `data.shard`.
     """
-    if file.suffix.lower() == ".arrow":
-        return _row(file, name, limit)
+    if columns.holds(file):
+        return columns.read(file, name, limit)
     span = members(file).spans.get(name)
     if span is None:
         raise FileNotFoundError(2, "no such member", name)
@@ -74,22 +73,60 @@ def exists(path: Path) -> bool:
     if path.is_file():
         return True
     found = locate(path)
-    if found is None or found[0].suffix.lower() == ".arrow":
-        return found is not None
-    return found[1] in members(found[0]).spans
+    if found is None:
+        return False
+    file, name = found
+    return columns.has(file, name) if columns.holds(file) else name in members(file).spans
 
 
-def piece(path: Path) -> tuple[Path, int]:
-    """The file afar that holds a picture, and the number of the piece in which it starts.
+@dataclass(frozen=True, order=True)
+class Piece:
+    """Bytes that are fetched at once, with many pictures in them.
+
+    Attributes:
+        file: A tar afar, or a Parquet file anywhere.
+        number: Of the piece within it.
+        size: Bytes.
+    """
+
+    file: Path
+    number: int
+    size: int
+
+
+def in_pieces(path: Path) -> bool:
+    """Whether the pictures of a path's file are had by pieces, not one by one."""
+    found = locate(path)
+    return found is not None and (afar.holds(path) or columns.in_groups(found[0]))
+
+
+def piece(path: Path) -> Piece:
+    """The piece in which a picture starts.
 
     Raises:
         FileNotFoundError: No such picture.
     """
     found = locate(path)
-    span = members(found[0]).spans.get(found[1]) if found else None
-    if found is None or span is None:
+    if found is None:
         raise FileNotFoundError(2, "no such picture", str(path))
-    return found[0], span[0] // afar.PIECE
+    file, name = found
+    if columns.holds(file):
+        return Piece(file, *columns.group(file, name))
+    if name not in members(file).spans:
+        raise FileNotFoundError(2, "no such member", name)
+    return Piece(file, members(file).spans[name][0] // afar.PIECE, afar.PIECE)
+
+
+def fetch(wanted: Piece) -> None:
+    """Brings a piece into the cache, if it is not there.
+
+    Raises:
+        DataError, MachineError: As `read`.
+    """
+    if columns.holds(wanted.file):
+        columns.unpacked(wanted.file, wanted.number)
+    else:
+        afar.fetch(wanted.file, wanted.number)
 
 
 def mark(path: Path) -> str:
@@ -179,55 +216,3 @@ def _safe(file: Path, name: str) -> str:
 
 def _bad(file: Path, text: str) -> DataError:
     return DataError([Fault("data.shard", str(file), text, COPY_AGAIN)])
-
-
-# -- Arrow ----------------------------------------------------------------------------------------
-
-
-def table(file: Path) -> Any:
-    """The rows of an Arrow file as Hugging Face's `save_to_disk` writes it, mapped, not loaded.
-
-    Raises:
-        OSError: It cannot be opened.
-        DataError: `data.shard`.
-        MachineError: `env.extra`: pyarrow is missing.
-    """
-    status = file.stat()
-    return _table(file, status.st_size, status.st_mtime_ns, os.getpid())
-
-
-@cache
-def _table(file: Path, size: int, changed: int, process: int) -> Any:
-    """Of each process its own: what pyarrow holds is not for a fork."""
-    try:
-        import pyarrow as pa
-    except ImportError:
-        text, fix = "pyarrow is not installed", "pip install 'vitft[hfds]'"
-        raise MachineError.of("env.extra", file, text, fix) from None
-    try:
-        return pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
-    except (pa.ArrowException, ValueError) as error:
-        raise _bad(file, f"is no whole Arrow file of {size:,} bytes ({error})") from None
-
-
-def picture_column(rows: Any) -> str:
-    """The name of the column that holds pictures: a struct of bytes and path."""
-    import pyarrow as pa
-
-    kinds = {f.name: f.type for f in rows.schema}
-    structs = {str(n): t for n, t in kinds.items() if pa.types.is_struct(t)}
-    found = [n for n, t in structs.items() if t.get_field_index("bytes") > -1]
-    if len(found) != 1:
-        raise ValueError(f"columns with pictures: {', '.join(found) or 'none'} of {list(kinds)}")
-    return found[0]
-
-
-def _row(file: Path, name: str, limit: int) -> bytes | None:
-    rows = table(file)
-    if not name.isdecimal() or int(name) >= len(rows):
-        raise FileNotFoundError(2, "no such row", name)
-    value = rows.column(picture_column(rows))[int(name)]
-    data = value["bytes"].as_buffer() if value.is_valid and value["bytes"].is_valid else None
-    if data is None:
-        raise _bad(file, f"row {name} holds no picture, only the path of one")
-    return None if data.size > limit else bytes(data)

@@ -30,6 +30,7 @@ SPLIT_FOLDERS = {
     "test": "test",
 }
 SYSTEM_FILES = ("thumbs.db", "desktop.ini", "icon\r")
+SHARDS = {".tar": "wds", ".parquet": "hfds", ".arrow": "hfds"}  # what holds photographs in a file
 ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 
 
@@ -421,6 +422,9 @@ def _nothing_found(tree: _Tree) -> Fault:
     left_out = ", ".join(f"{k} ({n:,})" for k, n in tree.ignored.most_common(3)) or "no files"
     text = f"no photograph in {len(tree.dirs):,} folders; met {left_out}"
     fix = "name the folder that holds one folder per class; data.extensions names other endings"
+    for kind, source in SHARDS.items():
+        if f"extension {kind}" in tree.ignored:
+            fix = f"set data.source: {source} if the photographs are in the {kind} files"
     return Fault("data.root_empty", str(tree.root), text, fix)
 
 

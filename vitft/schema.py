@@ -168,14 +168,14 @@ class DataSpec(Section):
     root: Text = Field(
         default="sample:flowers",
         description="Folder of class folders, a .csv file (path,label[,split,group]), "
-        "`flower_photos` (downloaded), `sample:flowers` (in the package), or the address of tar "
-        "shards (https://host/train-{00..31}.tar, hf://datasets/NAME/...), read where they lie.",
+        "`flower_photos` (downloaded), `sample:flowers` (in the package), or an address of tar "
+        "or Parquet files (https://host/train-{00..31}.tar, hf://datasets/OWNER/NAME).",
     )
     source: Literal["auto", "folder", "wds", "hfds"] = Field(
         default="auto",
         description="What lies at root: class folders (`folder`), tar shards of webdataset "
-        "(`wds`), a Hugging Face data set saved to disk (`hfds`, needs vitft[hfds]); `auto`: a "
-        "folder or a CSV, hfds where its json says so, wds for a single .tar.",
+        "(`wds`), a Hugging Face data set, Arrow or Parquet (`hfds`, needs vitft[hfds]); `auto`: "
+        "a folder or a CSV; hfds where its json says so, wds for a single .tar, either afar.",
     )
     split: Split = Field(
         default="auto",

@@ -1,7 +1,8 @@
 """Shards -> the `Listing` of their pictures: tar files as webdataset writes them, or Arrow tables.
 
     wds     train-0000.tar, val-0000.tar ...; a sample is files of one key: 17.jpg, 17.cls, 17.json
-    hfds    what `datasets.save_to_disk` wrote: train/data-00000-of-00002.arrow, dataset_dict.json
+    hfds    what `datasets.save_to_disk` wrote: train/data-00000-of-00002.arrow, dataset_dict.json;
+            or what `push_to_hub` did: train-00000-of-00002.parquet
 
 One pass over the headers and labels gives every picture a path of its own (`vitft.containers`), and
 from there on shards are a folder: each picture is hashed and decoded once, split exactly, drawn in
@@ -13,18 +14,37 @@ its epochs, and passes over what it cannot decode. The price is the pass, and ra
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from vitft import afar, containers, io
+from vitft import afar, columns, containers, io
 from vitft.errors import DataError, Fault
 from vitft.folders import EXTENSIONS, SPLIT_FOLDERS, Entry, Listing, check_root
 
 NAMES = "classes.txt"  # one name a line, for shards whose labels are numbers
 MAX_LABEL = 65_536  # bytes of a .cls or .json
 JSON_KEYS = ("label", "cls")
+OTHERS = "folder, link or other special member of a tar"
+PARTS = "label or other part of a sample"
+SINGLE = {".tar": "wds", ".parquet": "hfds"}  # files that are a data set on their own
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """What one file holds.
+
+    Attributes:
+        samples: Name and label of each picture.
+        names: The classes that it declares.
+        ignored: What else is in it, by kind.
+    """
+
+    samples: tuple[tuple[str, str], ...]
+    names: tuple[str, ...] = ()
+    ignored: dict[str, int] = field(default_factory=dict)
 
 
 def kind(root: Path) -> str:
@@ -33,10 +53,10 @@ def kind(root: Path) -> str:
     A root that may not be looked into is left to the reader of folders, which says so.
     """
     if afar.holds(root):
-        return "wds"
+        return "hfds" if next(root.rglob("*.parquet"), None) else "wds"
     with suppress(PermissionError):
-        if root.suffix.lower() == ".tar" and root.is_file():
-            return "wds"
+        if root.suffix.lower() in SINGLE and root.is_file():
+            return SINGLE[root.suffix.lower()]
         if (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
             return "hfds"
     return ""
@@ -61,7 +81,7 @@ def read_shards(root: Path, source: str, *, split: str, extensions: Sequence[str
     if split == "tutorial":
         fix = "name a folder of photographs, or set data.split: stratified"
         raise DataError.of("data.no_split", root, "the tutorial splits a folder, not shards", fix)
-    if not root.is_dir() and not (source == "wds" and root.is_file()):
+    if not root.is_dir() and not (SINGLE.get(root.suffix.lower()) == source and root.is_file()):
         check_root(root)
     files = _files(root, source)
     by_name = split in ("auto", "folders")
@@ -74,13 +94,10 @@ def read_shards(root: Path, source: str, *, split: str, extensions: Sequence[str
     for file in files:
         relative = file.relative_to(base).as_posix()
         try:
-            if source == "hfds":
-                found, declared = _rows(file)
-                names = own or _agreed(file, names, declared)
-            else:
-                read = _far_samples if afar.holds(file) else _samples
-                found = read(file, (*EXTENSIONS, *extensions), ignored)
-            for name, label in found:
+            shard = (_far if afar.holds(file) else _look)(file, (*EXTENSIONS, *extensions))
+            names = own or _agreed(file, names, shard.names)
+            ignored.update(shard.ignored)
+            for name, label in shard.samples:
                 entries.append(Entry(f"{relative}/{name}", label, sides.get(file, "")))
         except DataError as error:
             faults += error.faults
@@ -145,7 +162,7 @@ def _class_names(root: Path) -> tuple[str, ...]:
 
 def _files(root: Path, source: str) -> list[Path]:
     if source == "hfds":
-        return _arrow_files(root)
+        return _tables(root)
     if root.is_file():
         return [root]
     files = sorted(p for p in root.rglob("*.tar") if not p.name.startswith("."))
@@ -157,8 +174,12 @@ def _files(root: Path, source: str) -> list[Path]:
     return files
 
 
-def _arrow_files(root: Path) -> list[Path]:
+def _tables(root: Path) -> list[Path]:
     """In the order that the data set says: its row numbers follow it."""
+    described = (root / "dataset_dict.json", root / "state.json")
+    parquet = [root] if root.is_file() else sorted(root.rglob("*.parquet"))
+    if parquet and not any(file.is_file() for file in described):
+        return parquet
     try:
         parts = [root]
         if (root / "dataset_dict.json").is_file():
@@ -171,7 +192,7 @@ def _arrow_files(root: Path) -> list[Path]:
         ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         text = f"is not what datasets.save_to_disk writes ({type(error).__name__}: {error})"
-        fix = "save it so: datasets.load_dataset(...).save_to_disk(FOLDER), also from Parquet"
+        fix = "save it so: datasets.load_dataset(...).save_to_disk(FOLDER), or name .parquet files"
         raise DataError.of("data.root_empty", root, text, fix) from None
 
 
@@ -203,15 +224,31 @@ def _side(root: Path, file: Path) -> str:
 # -- samples --------------------------------------------------------------------------------------
 
 
-def _samples(file: Path, accept: Sequence[str], ignored: Counter[str]) -> Iterator[tuple[str, str]]:
+def _look(file: Path, accept: Sequence[str]) -> _Shard:
+    return _rows(file) if columns.holds(file) else _samples(file, accept)
+
+
+def _far(file: Path, accept: Sequence[str]) -> _Shard:
+    """As `_look`, kept beside the stand-in: labels lie all over a tar, between its pictures."""
+    kept, of = file.with_name(f"{file.name}.samples.json"), [afar.identity(file), *accept]
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        found = json.loads(kept.read_bytes())
+        if found.pop("of") == of:
+            samples = tuple((str(name), str(label)) for name, label in found["samples"])
+            return _Shard(samples, tuple(found["names"]), dict(found["ignored"]))
+    shard = _look(file, accept)
+    io.write_json(kept, {"of": of} | asdict(shard))
+    return shard
+
+
+def _samples(file: Path, accept: Sequence[str]) -> _Shard:
     """Picture and label of each sample of a tar.
 
     The key of a sample is its path up to the first dot of the name, as webdataset has it. Its label
     is the text of `.cls`, `label` or `cls` of `.json`, or the folder it lies in.
     """
     tar = containers.members(file)
-    if tar.others:
-        ignored["folder, link or other special member of a tar"] += tar.others
+    found, ignored = [], Counter({OTHERS: tar.others} if tar.others else {})
     samples: dict[str, dict[str, str]] = defaultdict(dict)
     for name in tar.spans:
         folder, _, last = name.rpartition("/")
@@ -225,7 +262,7 @@ def _samples(file: Path, accept: Sequence[str], ignored: Counter[str]) -> Iterat
         pictures = [n for ending, n in parts.items() if ending in accept]
         others = len(parts) - len(pictures)
         if others:
-            ignored["label or other part of a sample"] += others
+            ignored[PARTS] += others
         if not pictures:
             continue
         label = _label(file, parts)
@@ -234,24 +271,8 @@ def _samples(file: Path, accept: Sequence[str], ignored: Counter[str]) -> Iterat
             text = f"sample {key.lstrip('/')} has {what}"
             fix = "give each sample one picture and a .cls, a .json with `label`, or a folder"
             raise DataError.of("data.sample", file, text, fix)
-        yield pictures[0], label
-
-
-def _far_samples(
-    file: Path, accept: Sequence[str], ignored: Counter[str]
-) -> Iterator[tuple[str, str]]:
-    """As `_samples`, kept beside the stand-in: labels lie all over a tar, between its pictures."""
-    kept, of = file.with_name(f"{file.name}.samples.json"), [afar.identity(file), *accept]
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        found = json.loads(kept.read_bytes())
-        if found["of"] == of:
-            ignored.update(found["ignored"])
-            return iter([(str(name), str(label)) for name, label in found["samples"]])
-    others: Counter[str] = Counter()
-    samples = list(_samples(file, accept, others))
-    io.write_json(kept, {"of": of, "samples": samples, "ignored": others})
-    ignored.update(others)
-    return iter(samples)
+        found.append((pictures[0], label))
+    return _Shard(tuple(found), (), dict(ignored))
 
 
 def _label(file: Path, parts: dict[str, str]) -> str | None:
@@ -274,13 +295,13 @@ def _text(file: Path, name: str) -> str:
     return "" if data is None else data.decode("utf-8", "replace")
 
 
-# -- Arrow ----------------------------------------------------------------------------------------
+# -- tables ---------------------------------------------------------------------------------------
 
 
-def _features(file: Path, rows: Any) -> dict[str, Any]:
+def _features(file: Path, schema: Any) -> dict[str, Any]:
     """What the data set says of its columns."""
     try:
-        about = json.loads((rows.schema.metadata or {}).get(b"huggingface", b"{}"))
+        about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
         features = about.get("info", {}).get("features", {})
         return dict(features)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
@@ -288,22 +309,22 @@ def _features(file: Path, rows: Any) -> dict[str, Any]:
         raise DataError.of("data.sample", file, text, "save it again by save_to_disk") from None
 
 
-def _rows(file: Path) -> tuple[Iterator[tuple[str, str]], tuple[str, ...]]:
+def _rows(file: Path) -> _Shard:
     """Row numbers with labels, and the class names that the file declares."""
-    rows = containers.table(file)
-    features = _features(file, rows)
+    schema = columns.schema(file)
+    features = _features(file, schema)
     classes = [k for k, f in features.items() if isinstance(f, dict) and "names" in f]
     fix = "rename the columns to image and label, keep one of each, and save_to_disk again"
     try:
-        containers.picture_column(rows)
+        columns.picture_column(schema)
     except ValueError as error:
         raise DataError.of("data.sample", file, str(error), fix) from None
     column = classes[0] if len(classes) == 1 else "label"
-    if column not in rows.schema.names:
-        text = f"columns with a label: {', '.join(classes) or 'none'} of {rows.schema.names}"
+    if column not in schema.names:
+        text = f"columns with a label: {', '.join(classes) or 'none'} of {schema.names}"
         raise DataError.of("data.sample", file, text, fix)
     names = tuple(str(n) for n in features.get(column, {}).get("names", ()))
-    labels = rows.column(column).to_pylist()
+    labels = columns.values(file, column)
     missing = [
         k for k, label in enumerate(labels) if label is None or str(label).strip() in ("", "-1")
     ]
@@ -311,4 +332,4 @@ def _rows(file: Path) -> tuple[Iterator[tuple[str, str]], tuple[str, ...]]:
         text = f"{len(missing):,} rows have no label, the first is {missing[0]:,}"
         raise DataError.of("data.sample", file, text, "leave these rows out")
     width = len(str(max(len(labels) - 1, 0)))
-    return ((f"{k:0{width}d}", str(label)) for k, label in enumerate(labels)), names
+    return _Shard(tuple((f"{k:0{width}d}", str(label)) for k, label in enumerate(labels)), names)
