@@ -13,8 +13,8 @@ ROOMS = sorted(path.stem for path in VITFT.glob("*.py") if path.stem != "__init_
 FLOORS = (
     # words, numbers and plain values
     "errors stats kernels encode schema layouts strict_yaml charts figures split threads resize",
-    # pixels in patches, keys beside keys, tensors by name
-    "patches positions blocks kin conflicts anatomy",
+    # pixels in patches, keys beside keys, tensors by name, rows on their axes
+    "patches positions blocks kin conflicts anatomy eigenbasis",
     # the disk, behind its door
     "disk",
     "files",
@@ -34,8 +34,8 @@ FLOORS = (
     "hosted",
     # data, models and arrays
     "fetch pace store contents assign loaders vit model tune maps train sections cli answers",
-    "probe audit curve graph card vitflower",
-    "data features product offline report cache hubpage inspection",
+    "lbfgs neighbours audit curve graph card vitflower",
+    "data probe features product offline report cache hubpage inspection",
     # a whole run
     "prepare proof near compare twin",
     "boundary variants",

@@ -6,7 +6,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from vitft.errors import DataError
-from vitft.probe import knn, logistic_path, ridge_path
+from vitft.neighbours import knn
+from vitft.probe import logistic_path, ridge_path
 from vitft.schema import STRENGTHS
 
 

@@ -141,10 +141,10 @@ def _right(predictions: Predictions) -> NDArray[np.bool_]:
 
 
 def _neighbours(p: Prepared) -> _Tried:
-    from vitft import probe
+    from vitft import neighbours
 
     train, val = extract(p, "train"), extract(p, "val")
-    found = probe.knn(
+    found = neighbours.knn(
         train.x[0],
         train.y,
         val.x[0],
