@@ -13,8 +13,10 @@ ROOMS = sorted(path.stem for path in VITFT.glob("*.py") if path.stem != "__init_
 FLOORS = (
     # words, numbers and plain values
     "errors stats kernels encode schema layouts strict_yaml charts figures split threads resize",
-    # pixels in patches, keys beside keys, tensors by name, rows on their axes
-    "patches positions blocks kin conflicts anatomy eigenbasis",
+    # pixels in patches, keys beside keys, tensors by name, wrong words
+    "patches positions blocks kin conflicts anatomy eigenbasis remedies",
+    # a recipe as it was given
+    "draft",
     # the disk, behind its door
     "disk",
     "files",

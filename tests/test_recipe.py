@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import vitft
-from vitft import conflicts, recipe, schema, strict_yaml
+from vitft import conflicts, draft, recipe, remedies, schema, strict_yaml
 from vitft.errors import Fault, RecipeError
 from vitft.recipe import dump, load, parse
 
@@ -356,7 +356,7 @@ def test_R14_R15_R18_R19_a_later_check_can_say_where_the_value_was_set():
     assert r.place("train.batch_size") == "r.yaml:2:3: train.batch_size"
     assert r.place("model.name") == "command line: model.name"
     assert r.place("train.lr") == "default: train.lr"
-    assert recipe.nearest("vit_tiny_patch16_24", ["vit_tiny_patch16_224", "resnet50"]) == (
+    assert remedies.nearest("vit_tiny_patch16_24", ["vit_tiny_patch16_224", "resnet50"]) == (
         "vit_tiny_patch16_224"
     )
 
@@ -452,8 +452,8 @@ def test_R17_words_with_a_meaning_are_not_paths(key, word):
 def test_R17_dots_go_where_the_file_system_goes(tmp_path):
     (tmp_path / "real" / "deep").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "real" / "deep")
-    assert recipe.absolute("link/../x", tmp_path) == str(tmp_path / "real" / "x")
-    assert recipe.absolute("link/x", tmp_path) == str(tmp_path / "link" / "x")
+    assert draft.absolute("link/../x", tmp_path) == str(tmp_path / "real" / "x")
+    assert draft.absolute("link/x", tmp_path) == str(tmp_path / "link" / "x")
 
 
 @pytest.mark.parametrize("path", ["$HOME/photos", "${DATA}/x", "~nobody_here_by_this_name/x"])
@@ -471,9 +471,9 @@ def test_R20_a_recipe_for_a_later_vitft_is_told_both_versions_and_nothing_else()
 
 
 def test_R21_the_nearest_legal_image_sizes():
-    assert recipe.nearest_sizes(225, 16) == (224, 240)
-    assert recipe.nearest_sizes(224, 16) == (224, 224)
-    assert recipe.nearest_sizes(5, 16) == (16, 16)
+    assert remedies.nearest_sizes(225, 16) == (224, 240)
+    assert remedies.nearest_sizes(224, 16) == (224, 224)
+    assert remedies.nearest_sizes(5, 16) == (16, 16)
 
 
 # --- what holds for every recipe ------------------------------------------------------------------

@@ -31,7 +31,7 @@ from types import FrameType
 
 from vitft import console
 from vitft.errors import Fault, MachineError, RecipeError, VitftError
-from vitft.recipe import nearest
+from vitft.remedies import nearest
 
 Main = Callable[[Sequence[str]], int]
 

@@ -33,7 +33,7 @@ from vitft.images import BadImage
 from vitft.inputs import TransformSpec, normalise, pixels
 from vitft.maps import Floats
 from vitft.prepare import pick_device
-from vitft.recipe import nearest
+from vitft.remedies import nearest
 
 METHODS = ("gradient", "rollout", "heads")
 FIGURES = ("positions", "filters", "distance")

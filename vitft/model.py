@@ -19,7 +19,8 @@ from vitft import fitting, hybrid, io, tally, weights
 from vitft.console import say, warn
 from vitft.errors import MachineError, RecipeError, VitftError, WeightsError
 from vitft.inputs import InputConfig, derive_seed
-from vitft.recipe import ModelSpec, nearest_sizes
+from vitft.recipe import ModelSpec
+from vitft.remedies import nearest_sizes
 
 HUB = "huggingface.co"
 START = 0.02  # deviation of a fresh head's weights, as the ViT paper's code draws them
