@@ -35,6 +35,11 @@ class Predictions:
         """Softmax of logits / temperature, [N, C] float64, rows sum to 1."""
         return softmax(self.logits, temperature)
 
+    @property
+    def right(self) -> NDArray[np.bool_]:
+        """[N], whether the highest logit is the label's."""
+        return np.asarray(self.logits.argmax(axis=1) == self.labels)
+
 
 @dataclass(frozen=True)
 class ClassScore:
@@ -162,7 +167,7 @@ def score(predictions: Predictions, classes: Sequence[str], temperature: float =
 
 def accuracy(predictions: Predictions) -> float:
     """Share of rows whose largest logit is the label's; ties go to the smaller index."""
-    return float((predictions.logits.argmax(axis=1) == predictions.labels).mean())
+    return float(predictions.right.mean())
 
 
 def log_loss(predictions: Predictions) -> float:

@@ -145,14 +145,10 @@ def find(p: Prepared, learned: Learned, predictions: Predictions, val: Predictio
     t = fitted.value if fitted else 1.0
     before = clock("calibration", lambda: _calibration(p, predictions, 1.0))
     after = clock("calibration", lambda: _calibration(p, predictions, t)) if fitted else None
-    targets = [e for e in (spec.max_error or 0.0, *ERRORS) if e]
-    offers = clock(
-        "abstaining", lambda: {e: _offer(predictions, val, t, e, known) for e in targets}
-    )
+    offers = clock("abstaining", lambda: _offers(spec.max_error, predictions, val, t, known))
     chosen = offers.pop(spec.max_error) if spec.max_error else (None, None)
     doubted = clock("suspects", lambda: _suspects(p, learned, x, linked, left_out))
     growth, gains = clock("learning curve", lambda: _growth(p, learned, x, left_out))
-    right = predictions.logits.argmax(axis=1) == predictions.labels
     band = clock("seed band", lambda: _band(p, learned))
     intervals = clock("intervals", lambda: _intervals(p, predictions, t))
     foreign = clock("foreign pictures", lambda: _foreign(p, x, val, left_out))
@@ -169,9 +165,9 @@ def find(p: Prepared, learned: Learned, predictions: Predictions, val: Predictio
         alarms=_alarms(p, x, foreign, predictions),
         nearest=nearest,
         links=links,
-        honest=_honest(p, links, right),
+        honest=_honest(p, links, predictions.right),
         doubted=doubted,
-        clean=_clean(p, doubted, right),
+        clean=_clean(p, doubted, predictions.right),
         growth=growth,
         gains=gains,
         band=band,
@@ -231,6 +227,18 @@ def _temperature(
     found = trust.fit_temperature(unseen.logits, unseen.labels, unseen.on)
     say(found.sentence())
     return found
+
+
+def _offers(
+    wanted: float | None,
+    predictions: Predictions,
+    val: Predictions,
+    temperature: float,
+    known: bool,
+) -> dict[float, tuple[doubt.Abstain, doubt.Accepted]]:
+    """For the error that the recipe wants, and for those that the report offers besides."""
+    targets = [e for e in (wanted or 0.0, *ERRORS) if e]
+    return {e: _offer(predictions, val, temperature, e, known) for e in targets}
 
 
 def _offer(

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from vitft import evaluate, model, stats
@@ -127,17 +126,13 @@ def _keep(p: Prepared, kept: _Tried | None, rungs: list[Rung], name: str) -> Lea
 
 
 def _measure(step: str, tried: _Tried, before: _Tried | None, seconds: float) -> Rung:
-    right = _right(tried.predictions)
+    right = tried.predictions.right
     k, n = int(right.sum()), len(right)
     gain = None
     if before is not None:
         labels = tried.predictions.labels
-        gain = stats.difference(_right(before.predictions), right, strata=labels)
+        gain = stats.difference(before.predictions.right, right, strata=labels)
     return Rung(step, k / n, stats.wilson(k, n), gain, seconds, False)
-
-
-def _right(predictions: Predictions) -> NDArray[np.bool_]:
-    return np.asarray(predictions.logits.argmax(axis=1) == predictions.labels)
 
 
 def _neighbours(p: Prepared) -> _Tried:
