@@ -332,7 +332,7 @@ def test_plan_measures_and_stops(tiny_recipe, tmp_path, capsys):
 def test_plan_of_a_ladder_that_augments_anew_counts_one_view_kept(tiny_recipe):
     p = prepare.prepare(tiny_recipe("ladder", "head.views=online"))
     assert "42 " in prepare.plan(p)
-    assert prepare._seconds(p.recipe, {"train": 6, "val": 2, "test": 2}, 10.0, 0.0) == 1.0
+    assert prepare._seconds(p, {"train": 6, "val": 2, "test": 2}, 10.0, 0.0) == 1.0
 
 
 def test_print_config_shows_every_default_and_loads_again(tiny_recipe, tmp_path, capsys):
