@@ -270,9 +270,10 @@ def test_a_single_tar_is_known_by_its_name(tmp_path, tiny_photos):
 
 @pytest.mark.parametrize(("name", "source"), [("0.tar", "wds"), ("0.parquet", "hfds")])
 def test_a_folder_of_nothing_but_shards_is_told_its_source(tmp_path, name, source):
-    (tmp_path / name).write_bytes(b"anything")
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / name).write_bytes(b"anything")
     with pytest.raises(DataError) as caught:
-        scan(tmp_path)
+        scan(tmp_path / "shards")
     assert caught.value.faults[0].fix.startswith(f"set data.source: {source} if")
 
 
