@@ -12,7 +12,9 @@ ROOMS = sorted(path.stem for path in VITFT.glob("*.py") if path.stem != "__init_
 
 FLOORS = (
     # words, numbers and plain values
-    "errors stats kernels encode schema layouts strict_yaml charts figures split threads resize",
+    "errors stats kernels encode kinds layouts strict_yaml charts figures split threads resize",
+    # the keys of a recipe
+    "schema",
     # pixels in patches, keys beside keys, tensors by name, wrong words
     "patches positions blocks kin conflicts anatomy eigenbasis remedies",
     # a recipe as it was given

@@ -24,8 +24,9 @@ from pydantic.fields import FieldInfo
 from vitft import conflicts
 from vitft.draft import Draft, drafted, read, resolve_paths
 from vitft.errors import RecipeError
+from vitft.kinds import Section, rule, section_of
 from vitft.remedies import fault_id, remedy, rule_at, suggest_key
-from vitft.schema import SCHEMA_VERSION, Origin, Section, leaves, rule, section_of
+from vitft.schema import SCHEMA_VERSION, Origin, leaves
 from vitft.schema import DataSpec as DataSpec
 from vitft.schema import EmbedSpec as EmbedSpec
 from vitft.schema import ExportSpec as ExportSpec

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from typing import get_args, get_origin
 
 from vitft import strict_yaml
-from vitft.schema import all_keys, rule, section_at, section_of
+from vitft.kinds import rule, section_of
+from vitft.schema import all_keys, section_at
 from vitft.strict_yaml import KeyPath, dotted, write
 
 ELSEWHERE = {  # what other trainers call our keys and values

@@ -29,8 +29,8 @@ from vitft.charts import Chart, Series
 from vitft.console import say
 from vitft.errors import RecipeError, escape
 from vitft.folders import instead
+from vitft.kinds import Section, Seed, Text
 from vitft.recipe import Recipe
-from vitft.schema import Section, Seed, Text
 from vitft.table import read_table
 from vitft.trials import Contrast, Mean
 
