@@ -3,6 +3,7 @@
 import argparse
 import ast
 import errno
+import gc
 import os
 import runpy
 import select
@@ -32,9 +33,10 @@ FAMILY = (VitftError, RecipeError, DataError, WeightsError, MachineError, Diverg
 
 @pytest.fixture(autouse=True)
 def own_handlers():
-    """What --quiet does to the console stays in the test that did it."""
+    """What a door does to the process stays in the test that did it."""
     before = {handler: handler.level for handler in console.logger.handlers}
     yield
+    gc.unfreeze()
     for handler in set(console.logger.handlers) - set(before):
         console.logger.removeHandler(handler)
     for handler, level in before.items():
@@ -112,6 +114,10 @@ def test_a_loop_that_saved_before_it_stopped_is_believed(capsys):
 
 def test_the_code_of_a_main_is_the_code_of_the_door():
     assert cli.door(lambda argv: 3, []) == 3
+
+
+def test_what_was_imported_is_set_aside_before_the_work_begins():
+    assert cli.door(lambda argv: int(gc.get_freeze_count() > 10_000), []) == 1
 
 
 def test_the_handlers_of_others_come_back(capsys):

@@ -107,9 +107,30 @@ def test_the_front_hall_imports_the_model_and_its_names():
     found = ast.parse((VITFT / "__init__.py").read_text("utf-8"))
     lines = [ast.unparse(n) for n in ast.walk(found) if isinstance(n, ast.Import | ast.ImportFrom)]
     assert lines == [
+        "import gc",
         "from vitft import vitflower as vitflower",
         "from vitft.vit import VisionTransformer as VisionTransformer",
     ]
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_importing_leaves_pythons_collector_as_it_was(collects):
+    """On or off, nothing set aside, and what was made on the way is old already."""
+    code = (
+        f"import gc; gc.{'enable' if collects else 'disable'}(); import vitft;"
+        "print(gc.isenabled(), gc.get_freeze_count(), gc.get_count()[0] < 1000)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{collects} 0 True\n"
+
+
+def test_what_a_host_froze_stays_frozen():
+    code = (
+        "import gc; gc.freeze(); frozen = gc.get_freeze_count; before = frozen(); import vitft;"
+        "print(before > 1000, frozen() > 0.9 * before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "True True\n"
 
 
 @pytest.mark.parametrize("room", ["recipe", "io", "errors", "table", "split"])

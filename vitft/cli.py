@@ -16,6 +16,7 @@ turns whatever happens inside into an exit code and a text on stderr; results al
 """
 
 import errno
+import gc
 import importlib
 import importlib.util
 import os
@@ -75,6 +76,7 @@ def door(main: Main, argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code; what was wrong stands on stderr.
     """
+    gc.freeze()  # what was imported stays to the end; Python's exit would look at all of it, twice
     argv, flags = _common(sys.argv[1:] if argv is None else argv)
     _tame_streams()
     if "--version" in flags:
