@@ -658,6 +658,14 @@ def test_C26_a_value_that_is_no_number_is_found_and_counted(tmp_path, value, dty
     )
 
 
+def test_large_values_whose_sum_is_infinite_are_finite():
+    large = torch.full((4,), 3e38)
+    assert torch.isinf(large.sum())
+    assert tensorfile.count_nonfinite(large) == 0
+    large[1] = torch.nan
+    assert tensorfile.count_nonfinite(large) == 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_C27_other_floats_are_converted_and_said(tmp_path, dtype):
     path = tmp_path / "w.safetensors"

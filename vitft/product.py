@@ -25,6 +25,8 @@ from vitft.card import transform_of as transform_of
 from vitft.errors import Fault, RecipeError, VitftError, WeightsError
 from vitft.folders import no_run
 from vitft.inputs import InputConfig
+from vitft.patches import PatchEmbed
+from vitft.vit import VisionTransformer
 from vitft.vitflower import TWINS
 
 TABLES = "tables.safetensors"  # arrays that predict uses beside the weights
@@ -198,15 +200,23 @@ def _rebuilt(card: Card, state: Mapping[str, Tensor], file: Path) -> nn.Module:
     if deepest > len(state):
         text = f"it says {deepest:,} layers, the file holds {len(state):,} tensors"
         raise WeightsError.of("ckpt.card", file, text, OURS)
-    net, own = None, _sketched(card, file)
-    if own is None:
-        net = _create(card, file)
-        own = net.state_dict()
+    sketch = _sketched(card, file)
+    net = _create(card, file) if sketch is None else sketch
+    own = net.state_dict()
     state, _ = fitting.asked(state, own)
     tally.check(state, own, place=file)
-    net = net or _create(card, file)
+    if sketch is not None:
+        net = sketch.to_empty(device="cpu") if _is_its_state(sketch) else _create(card, file)
     net.load_state_dict(state)
     return net.eval()
+
+
+def _is_its_state(net: nn.Module) -> bool:
+    """Whether its tensors make the model, so that none need be drawn before they are read.
+
+    Others may hold some that no file has, such as tables of positions.
+    """
+    return isinstance(net, VisionTransformer) and isinstance(net.patch_embed, PatchEmbed)
 
 
 def _depths(card: Card) -> Iterator[int]:
@@ -215,11 +225,11 @@ def _depths(card: Card) -> Iterator[int]:
         yield from (n for n in (value if isinstance(value, list) else [value]) if type(n) is int)
 
 
-def _sketched(card: Card, file: Path) -> dict[str, Tensor] | None:
+def _sketched(card: Card, file: Path) -> nn.Module | None:
     """Names and shapes alone, without memory; None for the few models that cannot be built so."""
     try:
         with torch.device("meta"):
-            return _create(card, file).state_dict()
+            return _create(card, file)
     except WeightsError:
         return None
 

@@ -55,8 +55,12 @@ class Checkpoint:
 
 
 def read(path: Path, *, sha256: str | None = None) -> dict[str, Tensor]:
-    """The tensors of a file by name; see `open_file`."""
-    return open_file(path, sha256=sha256).tensors
+    """The tensors of a file by name; see `open_file`. Hashed only where a sum was promised."""
+    path = Path(path)
+    kind = tensorfile.sniff(path)
+    if _promised(path, sha256):
+        _check_sum(path, sha256)
+    return _sound(path, kind)[0]
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -89,23 +93,36 @@ def open_file(
     kind = tensorfile.sniff(path)
     digest = _check_sum(path, sha256)
     notes = [remark] if (remark := tensorfile.misnamed(path, kind)) else []
-    tensors, peeled = unwrap(tensorfile.load(path, kind), key=key, ema=ema, place=path)
-    _require_sound(tensors, path)
+    tensors, peeled = _sound(path, kind, key=key, ema=ema)
     metadata = tensorfile.read_metadata(path) if kind == "safetensors" else {}
     return Checkpoint(path, kind, digest, tensors, (*notes, *peeled), metadata)
 
 
-def _check_sum(path: Path, wanted: str | None) -> str:
-    with path.open("rb") as f:
-        digest = hashlib.file_digest(f, "sha256").hexdigest()
+def _sound(
+    path: Path, kind: str, *, key: str | None = None, ema: bool = True
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The tensors by name, each one plain and finite, and notes on what was peeled off."""
+    tensors, peeled = unwrap(tensorfile.load(path, kind), key=key, ema=ema, place=path)
+    _require_sound(tensors, path)
+    return tensors, peeled
+
+
+def _promised(path: Path, wanted: str | None) -> list[tuple[str, str, str]]:
+    """Who promised which beginning of the sum, and the remedy."""
     # a name of decimal digits alone is more often a date or a step than a checksum
     named = re.search(r"-(?=[0-9a-f]*[a-f])([0-9a-f]{8,64})(?:\.[a-z]+)+$", path.name)
     promises = (
         ("the recipe", (wanted or "").lower(), "get that file, or correct the recipe's sha256"),
         ("its name", named[1] if named else "", "download it again, or rename it"),
     )
-    for who, promised, fix in promises:
-        if promised and not digest.startswith(promised):
+    return [promise for promise in promises if promise[1]]
+
+
+def _check_sum(path: Path, wanted: str | None) -> str:
+    with path.open("rb") as f:
+        digest = hashlib.file_digest(f, "sha256").hexdigest()
+    for who, promised, fix in _promised(path, wanted):
+        if not digest.startswith(promised):
             text = f"sha256 begins {digest[: max(len(promised), 8)]}, {who} promises {promised}"
             raise WeightsError.of("ckpt.sha256", path, text, fix)
     return digest
