@@ -109,6 +109,35 @@ def test_few_rows_of_one_token_have_the_bits_of_many(threads):
                     assert torch.equal(product(rows[:n], weight, bias), every[:n])
 
 
+def test_packed_weights_change_no_bit_and_are_packed_once(threads, monkeypatch):
+    net = create_model("vitflower_s16", img_size=64, depth=2, num_classes=3).eval()
+    x, packed, calls = rand(fixed_batch(CPU), 3, 64, 64), {}, []
+    real = torch.ops.mkldnn._reorder_convolution_weight
+    monkeypatch.setattr(
+        torch.ops.mkldnn, "_reorder_convolution_weight", lambda *a: calls.append(a) or real(*a)
+    )
+    with torch.inference_mode():
+        wanted = in_fixed_shape(net, x)
+        assert not calls
+        for _ in range(2):
+            assert torch.equal(in_fixed_shape(net, x, packed), wanted)
+            assert torch.equal(in_fixed_shape(net, x[:1], packed), wanted[:1])
+            with kernels.fast_linear(CPU, heads=True, packed=packed):
+                assert torch.equal(net(x[:1]), wanted[:1])
+    # the last block splits qkv in two; the patch embedding stays torch's
+    assert len(calls) == len(packed) == 4 + 5 + 1
+    assert sum(kernel.numel() for kernel, _ in packed.values()) == sum(
+        m.weight.numel() for m in net.modules() if isinstance(m, nn.Linear)
+    )
+
+
+def test_where_something_is_learned_nothing_is_packed():
+    layer, x, packed = nn.Linear(192, 256), rand(3, 5, 192), {}
+    with kernels.fast_linear(CPU, packed=packed):
+        layer(x).sum().backward()
+    assert packed == {}
+
+
 def test_gradients_of_few_rows_are_torchs_own(threads):
     x = rand(3, 1, 192).requires_grad_()
     for weight in (rand(256, 192), rand(256, 192).requires_grad_()):
@@ -118,18 +147,12 @@ def test_gradients_of_few_rows_are_torchs_own(threads):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-3)
 
 
-def test_one_picture_through_our_backbone_has_the_bits_of_a_full_batch():
-    """With several threads; with one, torch takes another library for a single picture."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        net = create_model("vitflower_s14", img_size=112, depth=2, num_classes=3).eval()
-        x = rand(fixed_batch(CPU), 3, 112, 112)
-        with torch.inference_mode(), kernels.fast_linear(CPU, heads=True):
-            alone = net(x[:1])
-            assert torch.equal(alone, in_fixed_shape(net, x)[:1])
-    finally:
-        torch.set_num_threads(before)
+def test_one_picture_through_our_backbone_has_the_bits_of_a_full_batch(threads):
+    net = create_model("vitflower_s14", img_size=112, depth=2, num_classes=3).eval()
+    x = rand(fixed_batch(CPU), 3, 112, 112)
+    with torch.inference_mode(), kernels.fast_linear(CPU, heads=True):
+        alone = net(x[:1])
+        assert torch.equal(alone, in_fixed_shape(net, x)[:1])
 
 
 def test_autocast_keeps_its_dtype(convolutions):
@@ -172,8 +195,12 @@ def test_a_layer_and_its_gelu_are_one_kernel_with_torchs_values(shape, bias, thr
 
 
 def test_a_gelu_that_is_learned_through_or_listened_to_stays_apart(monkeypatch):
+    real = torch.ops.mkldnn._convolution_pointwise
+
     def refuse(*args):
-        raise AssertionError("one kernel")
+        if "gelu" in args[3:]:
+            raise AssertionError("one kernel")
+        return real(*args)
 
     monkeypatch.setattr(torch.ops.mkldnn, "_convolution_pointwise", refuse)
     net = create_model("vitflower_ti16", embed_dim=32, depth=1, num_heads=2, img_size=32)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import paint
-from rows import COLOURS, make_product, network, refused
+from rows import COLOURS, TINY, make_product, network, refused
 
 from vitft import answers, io, predict
 from vitft.answers import Answer, Output, top
@@ -304,16 +304,43 @@ def test_a_lone_picture_gets_the_bits_of_a_full_batch(made, pictures, threads):
             (alone,) = predictor([file])
             np.testing.assert_array_equal(alone.probabilities, want)
         assert predictor._singles == 5
+        assert predictor._unpadded
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_first_lone_picture_is_not_padded_through_the_whole_model(
+    tmp_path, pictures, monkeypatch, threads
+):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        deep = network(depth=4)
+        made = make_product(tmp_path / "deep", deep, options=TINY | {"depth": 4})
+        files = sorted(pictures.glob("0??.jpg"))[:2]
+        want, _ = Predictor(made, "cpu")(files)
+        predictor, seen = Predictor(made, "cpu"), []
+        predictor.net.blocks[1].register_forward_hook(lambda m, args, y: seen.append(len(y)))
+        (first,) = predictor(files[:1])
+        np.testing.assert_array_equal(first.probabilities, want.probabilities)
+        assert seen == [1]
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_opening_a_model_of_ours_draws_no_weights(made):
+    state = torch.get_rng_state()
+    Predictor(made, "cpu")
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_lone_picture_stays_padded_where_bits_would_differ(made, pictures, monkeypatch):
     predictor = Predictor(made, "cpu")
     real = Predictor._alone
 
-    def off(self, x):
-        a, b = real(self, x)
+    def off(self, x, net):
+        a, b = real(self, x, net)
         return a, b + 1e-6
 
     monkeypatch.setattr(predict.Predictor, "_alone", off)
@@ -322,4 +349,4 @@ def test_a_lone_picture_stays_padded_where_bits_would_differ(made, pictures, mon
     for file, p in zip(files, want, strict=True):
         (alone,) = predictor([file])
         np.testing.assert_array_equal(alone.probabilities, p)
-    assert not predictor._unpadded
+    assert predictor._unpadded is False

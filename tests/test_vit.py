@@ -579,3 +579,14 @@ def test_the_short_way_in_training_is_compiled_to_the_same_gradients():
     torch.compile(ours, backend="aot_eager", fullgraph=True)(images(2)).sum().backward()
     for name, p in ours.named_parameters():
         torch.testing.assert_close(p.grad, wanted[name], atol=1e-5, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5])
+def test_shortened_it_is_its_first_and_last_block_and_nothing_is_copied(depth):
+    net = tiny(depth=depth)
+    short, x = net.shortened().eval(), torch.randn(2, 3, 32, 32)
+    assert len(net.blocks) == depth
+    assert list(short.blocks) == [net.blocks[0], net.blocks[-1]][: min(depth, 2)]
+    twin = tiny(depth=min(depth, 2))
+    twin.load_state_dict(short.state_dict())
+    assert torch.equal(short(x), twin(x))

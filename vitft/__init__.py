@@ -6,7 +6,7 @@ Importing it registers the `vitflower_*` Vision Transformers with timm, and does
 import gc
 
 # torch and timm make hundreds of thousands of objects and no garbage; looking for some on the way,
-# and at each of them again soon after, would take a fifth of every command's start
+# and at each of them again soon after, would take a third of every command
 _collects = gc.isenabled()
 gc.disable()
 try:

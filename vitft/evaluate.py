@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vitft.kernels import fast_linear
+from vitft.kernels import Packed, fast_linear
 from vitft.stats import Interval, softmax, wilson
 
 GPU_BATCH = 256  # fills the cores
@@ -106,16 +106,18 @@ def fixed_batch(device: torch.device) -> int:
     return CPU_BATCH if torch.get_num_threads() > 1 else ONE_THREAD
 
 
-def in_fixed_shape(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def in_fixed_shape(
+    forward: Callable[[Tensor], Tensor], x: Tensor, packed: Packed | None = None
+) -> Tensor:
     """A forward over at most `fixed_batch` rows, padded to that number.
 
     One shape means one algorithm in the libraries below, so that a row's result does not depend on
-    how many others came with it.
+    how many others came with it. `packed` is that of `fast_linear`.
     """
     n, size = len(x), fixed_batch(x.device)
     if n < size:
         x = torch.cat([x, x[:1].expand(size - n, *x.shape[1:])])
-    with fast_linear(x.device, heads=True):
+    with fast_linear(x.device, heads=True, packed=packed):
         return forward(x)[:n]
 
 

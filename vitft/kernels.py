@@ -3,13 +3,15 @@
 On CPU torch hands float32 products of `nn.Linear` to MKL, which on AMD processors leaves AVX-512
 unused, and hands convolutions to oneDNN, which uses what there is. A linear layer over tokens is a
 1 x 1 convolution over a picture of one column, so asking for that gets the faster library through
-public functions, with the memory layout unchanged: no copy, no repacked weights, gradients
-included. Only a GELU inside its product needs an operator of torch's compiler, and does without
-where there is none. `tools/bench/extract.py` measures what it gives.
+public functions, with the memory layout unchanged and gradients included. Where nothing is learned,
+an operator of torch's compiler asks oneDNN alone, takes a GELU along and weights in oneDNN's own
+layout; it is done without where there is none. `tools/bench/extract.py` and `predict.py` measure
+what it gives.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,10 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
 
+Convolve = Callable[[Tensor, Tensor], Tensor]  # a picture and its kernel
+Packed = dict[tuple[int, ...], tuple[Tensor, Tensor]]  # place -> a kernel, and it packed
+WHERE = [0, 0], [1, 1], [1, 1]  # padding, stride and dilation of a product
 ROWS = 8  # of one token that are computed together at least, so that none depends on their number
 
 
-def fast_linear(device: torch.device, *, heads: bool = False) -> AbstractContextManager[Any]:
+def fast_linear(
+    device: torch.device, *, heads: bool = False, packed: Packed | None = None
+) -> AbstractContextManager[Any]:
     """While it is entered, linear layers run through oneDNN.
 
     The choice depends on shapes and dtype alone, never on a timing, so that a run repeats to the
@@ -30,11 +37,14 @@ def fast_linear(device: torch.device, *, heads: bool = False) -> AbstractContext
     Args:
         device: Where the model is; elsewhere than on CPU nothing happens.
         heads: Layers whose input is [B, D] too: slower for many rows, but free of their place.
+        packed: Keeps the weights as oneDNN wants them, for a model whose weights stay as they are.
+            Without, it lays them out anew in every call: 13 of 80 ms for one picture. It begins
+            empty, grows to the size of the weights, and changes no bit.
     """
     has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     if device.type != "cpu" or not has_onednn:
         return nullcontext()
-    return _FastLinear(2 if heads else 3)
+    return _FastLinear(2 if heads else 3, packed)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -59,9 +69,9 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 
 class _FastLinear(TorchFunctionMode):
-    def __init__(self, dims: int) -> None:
+    def __init__(self, dims: int, packed: Packed | None) -> None:
         super().__init__()
-        self.dims = dims
+        self.dims, self.packed = dims, packed
 
     def __torch_function__(
         self,
@@ -71,9 +81,9 @@ class _FastLinear(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if func is F.linear and self._serves(*args[:2]):
-            return _product(*args, **(kwargs or {}))
+            return _product(*args, **(kwargs or {}), packed=self.packed)
         if func is linear_gelu and self._serves(*args[:2]):
-            return _gelu_of_product(*args)
+            return _gelu_of_product(*args, packed=self.packed)
         return func(*args, **(kwargs or {}))
 
     def _serves(self, x: Tensor | None = None, weight: Tensor | None = None) -> bool:
@@ -87,12 +97,14 @@ class _FastLinear(TorchFunctionMode):
         )
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _product(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, packed: Packed | None = None
+) -> Tensor:
     """`F.linear`: [B, ..., D] -> [B, ..., E]."""
     if torch.is_grad_enabled() and weight.requires_grad:
         y: Tensor = _Learned.apply(x, weight, bias)
         return y
-    return _as_convolution(x, weight, bias)
+    return _as_convolution(x, weight, bias, packed=packed)
 
 
 class _Learned(torch.autograd.Function):
@@ -119,28 +131,53 @@ class _Learned(torch.autograd.Function):
         )
 
 
-def _gelu_of_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`linear_gelu`; the operator is the one that torch's own compiler calls."""
-    fused = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
-    if fused is None or (torch.is_grad_enabled() and weight.requires_grad):
+def _gelu_of_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, packed: Packed | None = None
+) -> Tensor:
+    """`linear_gelu`: [B, ..., D] -> [B, ..., E]."""
+    fused = _onednn("gelu", bias, packed)
+    if fused is None or torch.is_grad_enabled():
         return F.gelu(_product(x, weight, bias))
+    return _over_pictures(fused, x, weight)
+
+
+def _as_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, packed: Packed | None = None
+) -> Tensor:
+    """`F.linear`: [B, ..., D] -> [B, ..., E]."""
+    direct = None if torch.is_grad_enabled() else _onednn("none", bias, packed)
+    return _over_pictures(direct or partial(F.conv2d, bias=bias), x, weight)
+
+
+def _onednn(then: str, bias: Tensor | None, packed: Packed | None) -> Convolve | None:
+    """oneDNN's convolution itself, which has no gradient; the operator of torch's own compiler.
+
+    `F.conv2d` would hand a few pictures in one thread, where oneDNN is as fast, to MKL, whose sums
+    are of another order.
+    """
+    operator = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
+    if operator is None:
+        return None
 
     def convolve(picture: Tensor, kernel: Tensor) -> Tensor:
-        where = [0, 0], [1, 1], [1, 1]  # padding, stride, dilation
-        y: Tensor = fused(picture, kernel, bias, *where, 1, "gelu", [], "none")
+        if packed is not None:
+            kernel = _packed(picture, kernel, packed)
+        y: Tensor = operator(picture, kernel, bias, *WHERE, 1, then, [], "none")
         return y
 
-    return _over_pictures(convolve, x, weight)
+    return convolve
 
 
-def _as_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear`: [B, ..., D] -> [B, ..., E]."""
-    return _over_pictures(lambda picture, kernel: F.conv2d(picture, kernel, bias), x, weight)
+def _packed(picture: Tensor, kernel: Tensor, packed: Packed) -> Tensor:
+    """The kernel in oneDNN's layout, made when first met; the pair keeps its address taken."""
+    key = (kernel.data_ptr(), *kernel.shape, *kernel.stride())
+    if key not in packed:
+        pack = torch.ops.mkldnn._reorder_convolution_weight
+        packed[key] = (kernel, pack(kernel, *WHERE, 1, list(picture.shape)))
+    return packed[key][1]
 
 
-def _over_pictures(
-    convolve: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor
-) -> Tensor:
+def _over_pictures(convolve: Convolve, x: Tensor, weight: Tensor) -> Tensor:
     """[B, ..., D] -> [B, ..., E]; each of the B is a picture of one column.
 
     A few pictures of one row, as heads and class tokens are, go beside copies: oneDNN sums one

@@ -14,7 +14,7 @@ import os
 import re
 import sys
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -38,9 +38,10 @@ from vitft.features import backbone_of
 from vitft.folders import EXTENSIONS, instead
 from vitft.images import BadImage, DecodeSpec
 from vitft.inputs import TransformSpec, normalise, pixels
-from vitft.kernels import fast_linear
+from vitft.kernels import Packed, fast_linear
 from vitft.model import classifier
 from vitft.prepare import pick_device
+from vitft.vit import VisionTransformer
 
 AHEAD = 2  # batches that are read while one is computed
 
@@ -61,7 +62,9 @@ class Predictor:
         self.transform: TransformSpec = product.transform_of(self.card)
         self._pixels = pixels(self.transform)
         self._foreign = _foreign(path, self.net)
-        self._singles, self._unpadded = 0, False
+        self._packed: Packed = {}  # the weights do not change any more
+        self._singles = 0
+        self._unpadded: bool | None = None  # not known yet
         least = (self.card.extras.get("abstain") or {}).get("threshold")
         self._threshold = None if least is None else float(least)  # None: none was asked for
 
@@ -95,7 +98,7 @@ class Predictor:
         """What the head reads of one picture, [D], as features are computed for the cache."""
         x = normalise(self._pixels(picture).unsqueeze(0).to(self.device), self.transform)
         with pace.in_precision(pace.precision(self.device), self.device):
-            rows = in_fixed_shape(backbone_of(self.net), x).float()
+            rows = self._fixed(backbone_of(self.net), x)
         return np.asarray(rows[0].cpu().numpy())
 
     def _sure(self, probabilities: NDArray[np.float64]) -> bool | None:
@@ -122,43 +125,55 @@ class Predictor:
         """Uint8 [n, 3, S, S] -> n times ([C], foreign), in the fixed batch."""
         x = normalise(pictures.to(self.device), self.transform)
         with pace.in_precision(pace.precision(self.device), self.device):
-            rows, logits = self._single(x) if len(x) == 1 else self._batch(x)
+            rows, logits = self._single(x) if len(x) == 1 else self._batch(x, self.net)
         foreign: list[bool | None] = [None] * len(x)
         if self._foreign is not None and rows is not None:
             foreign = self._foreign.is_foreign(rows.cpu().numpy(), logits.cpu().numpy()).tolist()
         p = stats.softmax(logits.cpu().numpy(), self.card.temperature or 1.0)
         return list(zip(p, foreign, strict=True))
 
-    def _batch(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
+    def _batch(self, x: Tensor, net: nn.Module) -> tuple[Tensor | None, Tensor]:
         """Features [n, D] where they are needed, and logits [n, C], in the fixed shape."""
         if self._foreign is None:
-            return None, in_fixed_shape(self.net, x).float()
-        rows = in_fixed_shape(backbone_of(self.net), x).float()
-        return rows, in_fixed_shape(classifier(self.net), rows).float()
+            return None, self._fixed(net, x)
+        rows = self._fixed(backbone_of(net), x)
+        return rows, self._fixed(classifier(net), rows)
+
+    def _fixed(self, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return in_fixed_shape(forward, x, self._packed).float()
 
     def _single(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
         """One picture without the padding, if that is proven to give the same bits here.
 
-        The first picture goes the padded way. With the second, both ways are taken for it and its
-        mirror image; whether all bits agree depends on the kernels that model, shape and threads
-        select, not on the picture.
+        The proof takes longer than a padded picture where the whole model has to give it, so that
+        the first one goes the padded way.
         """
         self._singles += 1
-        if self._singles == 2 and isinstance(cast(Any, self.net).get_classifier(), nn.Linear):
-            pair = torch.cat([x, x.flip(3)])
-            rows, logits = self._batch(pair)
-            alone = [self._alone(one) for one in (pair[:1], pair[1:])]
-            same = torch.equal(torch.cat([b for _, b in alone]), logits)
-            same &= rows is None or torch.equal(torch.cat([a for a, _ in alone]), rows)
-            self._unpadded = bool(same)
-            return None if rows is None else rows[:1], logits[:1]
-        return self._alone(x) if self._unpadded else self._batch(x)
+        if self._unpadded is None:
+            short = self.net.shortened() if isinstance(self.net, VisionTransformer) else None
+            if short is not None or self._singles > 1:
+                witness = self.net if short is None else short
+                self._unpadded = self._is_free_of_neighbours(x, witness)
+        return (self._alone if self._unpadded else self._batch)(x, self.net)
 
-    def _alone(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _is_free_of_neighbours(self, x: Tensor, net: nn.Module) -> bool:
+        """Whether a picture alone and its mirror image have the bits of the padded batch.
+
+        That depends on the kernels that model, shape and threads select, not on the picture.
+        """
+        if not isinstance(cast(Any, net).get_classifier(), nn.Linear):
+            return False
+        pair = torch.cat([x, x.flip(3)])
+        rows, logits = self._batch(pair, net)
+        alone = [self._alone(one, net) for one in (pair[:1], pair[1:])]
+        same = torch.equal(torch.cat([b for _, b in alone]), logits)
+        return same and (rows is None or torch.equal(torch.cat([a for a, _ in alone]), rows))
+
+    def _alone(self, x: Tensor, net: nn.Module) -> tuple[Tensor, Tensor]:
         """[1, 3, S, S] through the backbone as it is, and through the head in the fixed shape."""
-        with fast_linear(x.device, heads=True):
-            rows = backbone_of(self.net)(x).float()
-        return rows, in_fixed_shape(classifier(self.net), rows).float()
+        with fast_linear(x.device, heads=True, packed=self._packed):
+            rows = backbone_of(net)(x).float()
+        return rows, self._fixed(classifier(net), rows)
 
 
 def _foreign(path: Path, net: nn.Module) -> Foreign | None:

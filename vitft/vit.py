@@ -17,6 +17,7 @@ Source: Dosovitskiy et al., An Image is Worth 16x16 Words, 2021 (arXiv 2010.1192
 """
 
 from collections.abc import Sequence
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -277,6 +278,16 @@ class VisionTransformer(Hosted):
         if kind == "token":
             return x[:, 0]
         return x[:, self.num_prefix_tokens :].mean(dim=1) if kind == "avg" else x
+
+    def shortened(self) -> "VisionTransformer":
+        """Another model of the same tensors, with the first and the last block alone.
+
+        The blocks are of one shape, so what kernels make of it shows in those two.
+        """
+        short = copy(self)
+        short._modules = dict(self._modules)
+        short.blocks = nn.Sequential(*list(self.blocks)[:1], *list(self.blocks)[1:][-1:])
+        return short
 
     # --- positions, and another size ---------------------------------------------------------
 
