@@ -15,7 +15,7 @@ import timm
 import torch
 from rows import interrupted
 
-from vitft import io, prepare, product, recipe
+from vitft import io, plan, prepare, product, recipe
 from vitft.errors import BusyError, DataError, RecipeError, WeightsError
 from vitft.predict import Predictor, doubts
 from vitft.predict import main as predict_main
@@ -331,8 +331,8 @@ def test_plan_measures_and_stops(tiny_recipe, tmp_path, capsys):
 
 def test_plan_of_a_ladder_that_augments_anew_counts_one_view_kept(tiny_recipe):
     p = prepare.prepare(tiny_recipe("ladder", "head.views=online"))
-    assert "42 " in prepare.plan(p)
-    assert prepare._seconds(p, {"train": 6, "val": 2, "test": 2}, 10.0, 0.0) == 1.0
+    assert "42 " in plan.plan(p)
+    assert plan._seconds(p, {"train": 6, "val": 2, "test": 2}, 10.0, 0.0) == 1.0
 
 
 def test_print_config_shows_every_default_and_loads_again(tiny_recipe, tmp_path, capsys):

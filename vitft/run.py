@@ -30,6 +30,7 @@ from vitft import (
     keep,
     model,
     offline,
+    plan,
     prepare,
     product,
     recipe,
@@ -405,7 +406,7 @@ def _main(argv: Sequence[str] | None, ranks: Ranks) -> int:
     if ranks.first:
         console.setup()
     if args.plan:
-        print(prepare.plan(prepare.prepare(spec, fallback=not args.no_fallback)))  # noqa: T201
+        print(plan.plan(prepare.prepare(spec, fallback=not args.no_fallback)))  # noqa: T201
         return 0
     result = run(
         spec,
