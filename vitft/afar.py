@@ -188,9 +188,14 @@ def fetch(file: Path, number: int) -> None:
 # -- pieces on the disk ---------------------------------------------------------------------------
 
 
+def pieces_dir() -> Path:
+    """The store of pieces."""
+    return _home() / "pieces"
+
+
 def kept_file(name: str) -> Path:
     """The file under a name in the store of pieces, whether it is there or not."""
-    return _home() / "pieces" / name / "data"
+    return pieces_dir() / name / "data"
 
 
 def keep(name: str, make: Any) -> Path:
@@ -215,9 +220,8 @@ def keep(name: str, make: Any) -> Path:
 
 def _make_room(need: int) -> None:
     """Lets go of what has been here longest."""
-    folders = _home() / "pieces"
     found = []
-    for folder in folders.iterdir():
+    for folder in pieces_dir().iterdir():
         try:
             status = (folder / "data").stat()
         except OSError:  # under way, or just let go of by another

@@ -356,11 +356,12 @@ EPILOG = """several GPUs of one machine, and several machines under Slurm (one t
   train.batch_size is that of all processes together, so a recipe gives the same result on any
   number of them, but for rounding, and for dropout and drop path, which draw per process.
   Photographs, weights and output lie on disks that all machines see; so should the cache
-  (VITFT_CACHE), or each machine computes features of its own. Batch normalisation is joined over
-  processes (CUDA only). Probes, heads on kept features and ladders share the features; the rest
-  is the first process's. A signal to torchrun saves a checkpoint, for which it gives 30 s; the
-  same command with --resume auto goes on from it, starts where nothing was kept yet, and refuses
-  a run that is finished or under way. torchrun itself ends with 1, whatever its processes end with.
+  (VITFT_CACHE), or each machine computes features of its own, and reads through shards on servers
+  by itself. Batch normalisation is joined over processes (CUDA only). Probes, heads on kept
+  features and ladders share the features; the rest is the first process's. A signal to torchrun
+  saves a checkpoint, for which it gives 30 s; the same command with --resume auto goes on from
+  it, starts where nothing was kept yet, and refuses a run that is finished or under way. torchrun
+  itself ends with 1, whatever its processes end with.
 
 example:
   python -m vitft.run recipes/flowers_head.yaml data.root=photos/ seed=1
