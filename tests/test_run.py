@@ -138,6 +138,14 @@ def test_timm_loads_the_product_and_gives_the_same_logits(tiny_recipe, mode):
         assert torch.equal(by_file(x), expected)
 
 
+def test_what_timm_has_not_is_refused_before_it_is_trained(tiny_recipe):
+    options = "model.options={patch_size: 8, embed_dim: 32, depth: 2, num_heads: 2, "
+    spec = tiny_recipe("full", "export.as_timm=true", options + "pos_embed: sincos2d}")
+    text = "vitflower_ti16 with pos_embed has no counterpart in timm"
+    with pytest.raises(RecipeError, match=rf"export.as_timm.*{text}"):
+        prepare.prepare(spec)
+
+
 def test_a_machine_without_vitft_loads_the_as_timm_export(tiny_recipe):
     result = run(tiny_recipe("full", "export.as_timm=true"))
     net, _ = product.load(result.folder)

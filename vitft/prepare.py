@@ -6,14 +6,14 @@ All that can be wrong is found here, before time is spent, and said at once wher
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import nn
 
-from vitft import __version__, afar, data, model, offline, pace
+from vitft import __version__, afar, data, model, offline, pace, product
 from vitft.console import say, warn
 from vitft.errors import DataError, MachineError, RecipeError
 from vitft.evaluate import fixed_batch
@@ -197,6 +197,8 @@ def _build(
     )
     _check_trainable(prepared)
     _check_ranks(prepared)
+    if recipe.export.as_timm:  # said now rather than after the training
+        product.timm_name(recipe.model.name, cast(Any, built.net)._model_args)
     return prepared
 
 
