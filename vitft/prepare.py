@@ -13,7 +13,7 @@ import torch
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import nn
 
-from vitft import __version__, afar, data, model, offline, pace, product
+from vitft import __version__, afar, conflicts, data, model, offline, pace, product
 from vitft.console import say, warn
 from vitft.errors import DataError, MachineError, RecipeError
 from vitft.evaluate import fixed_batch
@@ -164,7 +164,7 @@ def _look_afar(recipe: Recipe, ranks: Ranks) -> None:
 
 def _settled(recipe: Recipe, fallback: bool) -> tuple[offline.Settled, data.Index]:
     settled = offline.settle(recipe, fallback=fallback)
-    for text in settled.warnings:
+    for text in (*settled.warnings, *conflicts.idle(settled.recipe)):
         warn(text)
     for spec in model.sources(settled.recipe.model):
         model.locate(spec)  # a missing file is said before photographs are read
@@ -192,7 +192,7 @@ def _build(
         decode=data.decode_spec(recipe.data),
         plain_transform=plain(built.input, kind, recipe.data.resize),
         train_transform=augmented(built.input, recipe.train, kind, recipe.data.resize),
-        warnings=settled.warnings + tuple(index.ledger.warnings),
+        warnings=(*settled.warnings, *conflicts.idle(recipe), *index.ledger.warnings),
         ranks=ranks,
     )
     _check_trainable(prepared)
