@@ -119,9 +119,14 @@ class Prepared:
         )
 
     @property
+    def computing(self) -> torch.dtype:
+        """What a model is measured in, and its product will predict in: float32 or bfloat16."""
+        return pace.precision(self.device, self.recipe.head.precision)
+
+    @property
     def half(self) -> bool:
-        """Whether a whole model is asked in bfloat16: on CUDA that computes in it."""
-        return pace.precision(self.device) is torch.bfloat16
+        """Whether that is bfloat16."""
+        return self.computing is torch.bfloat16
 
     @property
     def test_split(self) -> str:

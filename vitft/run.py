@@ -153,7 +153,7 @@ def _run(
     scores = evaluate.score(answers, p.index.classes, found.applied)
     for line in summary.lines(scores, found.intervals, found.after or found.before):
         say(line)
-    _write_product(p, scores, found, folder)
+    _write_product(p, learned, scores, found, folder)
     seconds = time.monotonic() - started
     changed = snapshot.changed if snapshot else ()
     _write_numbers(p, learned, scores, found, folder, seconds, changed)
@@ -260,16 +260,18 @@ def predict_split(p: Prepared, learned: Learned, split: str) -> Predictions:
     return predictions(p, p.net, split)
 
 
-def _write_product(p: Prepared, scores: Scores, found: Findings, folder: Path) -> None:
+def _write_product(
+    p: Prepared, learned: Learned, scores: Scores, found: Findings, folder: Path
+) -> None:
     """The model folder, with what predict needs besides the weights."""
     tables = {} if found.foreign is None else found.foreign.tensors()
-    card = make_card(p, scores, found)
+    card = make_card(p, learned, scores, found)
     product.save(
         p.net, folder / "model", card, p.config, as_timm=p.recipe.export.as_timm, tables=tables
     )
 
 
-def make_card(p: Prepared, scores: Scores, found: Findings) -> Card:
+def make_card(p: Prepared, learned: Learned, scores: Scores, found: Findings) -> Card:
     """The product's self-description."""
     options = dict(cast(Any, p.net)._model_args)  # what timm's factory recorded for its exports
     options.pop("num_classes", None)
@@ -291,6 +293,8 @@ def make_card(p: Prepared, scores: Scores, found: Findings) -> Card:
         hashes={"data": prepare.data_hash(p.index), "weights": p.report.sha256},
         metrics={"split": p.test_split, **_headline(scores, found)},
         extras=extras,
+        precision="bfloat16" if p.half else "float32",
+        head_precision="float32" if learned.backbone_frozen else "auto",
     )
 
 
