@@ -115,6 +115,7 @@ class Prepared:
             cutmix=spec.cutmix if train else 0.0,
             classes=len(self.index.classes),
             balanced=train and spec.sampling == "balanced",
+            joins_last=train and _norms_in_training(self.net) > 0,
             ranks=self.ranks if train else Ranks(here=self.ranks.here),
         )
 
@@ -269,23 +270,23 @@ def _check_trainable(prepared: Prepared) -> None:
 
     Raises:
         RecipeError: `train.batch_norm`: batches of one through batch normalisation that is trained.
+            A last one alone is none: it belongs to the batch before (`Batches`).
     """
     size = batch_size(prepared.recipe.train, prepared.device)
     count = len(prepared.index.rows("train"))
     norms = max((_trained_norms(prepared, k) for k in _fine_tunings(prepared.recipe)), default=0)
-    if not norms or (size > 1 and count % size != 1):
+    if norms and size > 1 and count > 1 and count % size == 1:
+        say(
+            f"the last batch of an epoch has {size + 1} photographs, as batch normalisation makes "
+            f"nothing of the last of {count:,} alone"
+        )
+    if not norms or (size > 1 and count > 1):
         return
     text = f"batch size {size} with {norms} batch-normalisation layers that are trained"
     fix = "set train.batch_size to 2 or more"
     if size > 1:
-        text += (
-            f" leaves the last of {count:,} photographs a batch of its own, normalised by itself"
-        )
-        others = (*range(size - 1, 1, -1), *range(size + 1, size + count + 2))
-        other = next((k for k in others if count % k != 1), None)
-        fix = (
-            f"set train.batch_size: {other}" if other else "give it more photographs to learn from"
-        )
+        text = f"one photograph to learn from, with {norms} batch-normalisation layers to train"
+        fix = "give it more photographs to learn from"
     place = prepared.recipe.place("train.batch_size")
     raise RecipeError.of("train.batch_norm", place, text, fix)
 
@@ -306,10 +307,15 @@ def _trained_norms(prepared: Prepared, blocks: int | None) -> int:
     """
     if prepared.recipe.train.tune != "all":
         return 0
-    modes = [(module, module.training) for module in prepared.net.modules()]
     with chosen(prepared, blocks):
-        set_train_mode(prepared.net)
-        found = len(batch_norms(prepared.net))
+        return _norms_in_training(prepared.net)
+
+
+def _norms_in_training(net: nn.Module) -> int:
+    """How many batch normalisations train mode puts there, as parameters are chosen now."""
+    modes = [(module, module.training) for module in net.modules()]
+    set_train_mode(net)
+    found = len(batch_norms(net))
     for module, mode in modes:
         module.training = mode
     return found
@@ -355,7 +361,7 @@ def _check_ranks(prepared: Prepared) -> None:
         fix = "start one process, or take a model without batch normalisation"
         raise RecipeError.of("train.ranks", recipe.place("model.name"), text, fix)
     last = len(prepared.index.rows("train")) % size
-    if norms and last and any(not len(part) for part in shares(last, ranks.world, pairs=mixes)):
+    if norms and last > 1 and any(not len(part) for part in shares(last, ranks.world, pairs=mixes)):
         text = f"the last of an epoch's batches leaves one of {ranks.world} processes with none of "
         text += f"its {last} photographs, and joined batch normalisation needs some from each"
         fix = f"take another train.batch_size, a multiple of {unit}, or fewer processes"
