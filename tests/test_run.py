@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,11 +16,11 @@ import timm
 import torch
 from rows import interrupted
 
-from vitft import io, plan, prepare, product, recipe
+from vitft import checkpoint, conflicts, io, keep, plan, prepare, product, recipe
 from vitft.errors import BusyError, DataError, RecipeError, WeightsError
 from vitft.predict import Predictor, doubts
 from vitft.predict import main as predict_main
-from vitft.run import main, run
+from vitft.run import _owned, main, run
 
 FILES = {
     "recipe.yaml",
@@ -288,6 +289,48 @@ def test_resume_auto_does_not_start_beside_a_run_under_way(tiny_recipe, tmp_path
         assert [f.name for f in young.parent.iterdir()] == [young.name]
     (young / io.LOCK).write_text('{"pid": 1, "host": "elsewhere"}')  # of one that was killed
     assert run(tiny_recipe("full"), resume="auto").folder != young
+
+
+def test_keys_that_nothing_acts_on_are_warned_of(tiny_recipe, caplog):
+    p = prepare.prepare(tiny_recipe("probe"))
+    about_training, about_views = conflicts.idle(p.recipe)
+    assert p.warnings == (about_training, about_views)
+    assert about_training.startswith("nothing acts on train.epochs, train.batch_size, train.opt,")
+    assert about_views.startswith("nothing acts on head.views")
+    assert {about_training, about_views} <= {r.message for r in caplog.records}
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_of_two_resumes_at_once_one_runs_and_one_is_told(tiny_recipe, tmp_path, monkeypatch, begun):
+    """The second one asks in the midst of the first one's choice."""
+    p = prepare.prepare(tiny_recipe("full"))
+    base, find, got = tmp_path / "runs" / "tiny_full", keep.find, []
+    if begun:
+        (base / "20200101-000000" / "checkpoints" / "step-1").mkdir(parents=True)
+        monkeypatch.setattr(checkpoint, "newest", lambda folder: folder if begun else None)
+
+    def ask():
+        try:
+            with _owned(p, base, "auto") as (folder, _):
+                got.append(folder)
+        except BusyError as error:
+            got.append(error)
+
+    second = threading.Thread(target=ask)
+
+    def with_another_in_between(*args):
+        found = find(*args)
+        if threading.current_thread() is not second:
+            second.start()
+            second.join(0.5)
+        return found
+
+    monkeypatch.setattr(keep, "find", with_another_in_between)
+    with _owned(p, base, "auto") as (folder, goes_on):
+        second.join(30)
+        assert goes_on is begun
+        assert [str(error.faults[0].place) for error in got] == [str(folder)]
+        assert [f.name for f in base.iterdir()] == [folder.name]
 
 
 def test_two_runs_of_one_second_get_two_folders_locked_from_the_start(
