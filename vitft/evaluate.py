@@ -208,8 +208,10 @@ def _top_k(predictions: Predictions, ks: Sequence[int]) -> dict[int, float]:
 # -- intervals over classes -----------------------------------------------------------------------
 #
 # Redrawing a class of two photographs that are both right gives nothing else. At 16 photographs of
-# four classes the 95 % of a bootstrap alone held the truth in 36 to 63 of 100 cases, what is below
-# in 92 to 95; at 500 photographs both do in 93 to 98 (300 simulated tests each).
+# four classes the 95 % of a bootstrap alone held the truth in 35 to 63 of 100 cases, what is below
+# in 92 to 95; at 500 of five classes in 85 to 94, and 94 to 98 (200 or 300 simulated tests each).
+# With three photographs of each of 100 classes macro-F1's still holds it in 79 only, balanced
+# accuracy's in 89: a class that is called too often or too seldom shows nowhere in three.
 
 
 def balanced_interval(confusion: NDArray[np.int64]) -> Interval:
