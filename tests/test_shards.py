@@ -295,6 +295,16 @@ def test_metadata_of_another_kind_is_said(tmp_path, about):
     refused(root, "data.sample", "metadata cannot be read")
 
 
+def test_classes_that_are_numbers_are_told_where_names_go(tmp_path, tiny_photos):
+    root = write_wds(
+        tmp_path / "shards", tiny_photos, lambda n: {"cls": str(CLASSES.index(n)).encode()}
+    )
+    told = "classes are numbers; classes.txt beside the shards"
+    assert any(told in line for line in scan(root, source="wds").ledger.warnings)
+    (root / "classes.txt").write_text("\n".join(CLASSES))
+    assert not any(told in line for line in scan(root, source="wds").ledger.warnings)
+
+
 def test_a_single_tar_is_known_by_its_name(tmp_path, tiny_photos):
     parts = {f"{n}/{i}.jpg": body for i, (body, n) in enumerate(samples(tiny_photos))}
     assert scan(write_tar(tmp_path / "one.tar", parts)).ledger.used == 60

@@ -302,6 +302,7 @@ def test_X12_a_loss_that_is_not_finite_stops_before_the_weights_are_touched():
     assert "photo_9.jpg" in str(e.value)
     assert "learning rate" in str(e.value)
     assert "fix: lower train.lr" in str(e.value)
+    assert "nothing had been saved yet" in str(e.value)
     assert e.value.exit_code == 6
     assert all(torch.isfinite(p).all() for p in net.parameters())
     assert not saved
