@@ -13,7 +13,7 @@ the one it would have on a disk.
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,6 +83,8 @@ def fetching(held: Pieces, steps: Sequence[Rows]) -> Iterator[Callable[[int], No
     """While it is entered, pieces come in in the order in which the steps want them.
 
     What goes wrong is left to whoever reads the photograph: it fetches the piece itself, and says.
+    The next piece may come in all the same, so a network that was gone for a while slows a run down
+    for a while.
 
     Args:
         held: The pieces of all rows.
@@ -108,10 +110,8 @@ def fetching(held: Pieces, steps: Sequence[Rows]) -> Iterator[Callable[[int], No
 
     def fetch() -> None:
         for piece in iter(lambda: _next(plan, room, ended), None):
-            try:
+            with suppress(VitftError, OSError):
                 containers.fetch(piece)
-            except (VitftError, OSError):
-                return
 
     reached(-1)
     with ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="vitft-afar") as pool:

@@ -10,6 +10,7 @@ without its bytes; whoever uses it later proves the hash.
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import astuple, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -22,7 +23,7 @@ from vitft import __version__, afar, containers, images, io
 from vitft.console import warn
 from vitft.errors import Fault, VitftError
 from vitft.images import BadImage, DecodeSpec, Header
-from vitft.threads import timed_map
+from vitft.threads import timed_map, unhurried
 
 PATIENCE = 60.0  # seconds for one file, on a busy machine and a slow disk
 KEPT = 200_000  # verdicts in one cache file; about 110 bytes each
@@ -76,7 +77,8 @@ def examine(
         paths: Relative to it.
         spec: How photographs are decoded; another spec has other verdicts.
         deep: Also ask the format's library for what it silently repaired.
-        seconds: Wall time that one file may take; beyond it stands `data.slow`.
+        seconds: Wall time that one file may take; beyond it stands `data.slow`. A file afar may
+            take it once it is here: a slow line makes no photograph bad.
 
     Yields:
         One Content per path, in order.
@@ -108,7 +110,8 @@ def _examine(root: Path, path: str, memory: "_Memory") -> Content:
     if (met := memory.met_afar(root / path)) is not None:
         return Content(path, *met)
     try:
-        data = images.read_bytes(root / path)
+        with unhurried() if memory.afar else nullcontext():
+            data = images.read_bytes(root / path)
     except BadImage as error:
         return Content(path, "", None, error.faults[0])
     digest = sha256(data).hexdigest()

@@ -9,6 +9,7 @@ has a say: not the number of workers, not where an epoch was resumed, not the ba
 apart), not what the training loop drew in between.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 
@@ -26,6 +27,7 @@ from vitft.ranks import ALONE, Ranks
 from vitft.workers import Batch, Pool, Steps, worker_count
 
 TIMEOUT = 120.0  # seconds without a batch before the workers are given up
+SLOW_LINE = 10  # times that, where a batch may wait for a network that has limits of its own
 
 
 class Batches:
@@ -43,8 +45,6 @@ class Batches:
         cutmix: Alpha of the beta distribution; 0 is off.
         classes: C, needed for mixing: targets become float32 [B, C].
         drop_last: Leave out a last step that is not full.
-        joins_last: A last photograph that would be a step of its own belongs to the one before, as
-            batch normalisation makes nothing of it.
         timeout: Seconds without a batch from the workers before they are given up.
         ranks: Each gets its share of every batch; where it mixes, of pairs that belong together.
 
@@ -69,7 +69,6 @@ class Batches:
         timeout: float = TIMEOUT,
         ranks: Ranks = ALONE,
         balanced: bool = False,
-        joins_last: bool = False,
     ) -> None:
         self.photos, self.batch_size, self.seed = photos, batch_size, seed
         self.shuffle, self.device, self.drop_last = shuffle, device, drop_last
@@ -77,17 +76,17 @@ class Batches:
         self.transform = photos.transform
         self.workers = worker_count(workers, device, ranks.here)
         self._mixup = _mixup(mixup, cutmix, classes)
-        self._steps = Steps(ranks, pairs=self._mixup is not None, joins_last=joins_last)
+        self._steps = Steps(ranks, pairs=self._mixup is not None)
+        self._afar = ahead.pieces(photos.files)
         self._pool = Pool(
             photos,
             batch_size=batch_size,
             workers=self.workers,
-            timeout=timeout,
+            timeout=timeout if self._afar is None else SLOW_LINE * timeout,
             steps=self._steps,
             pin=device.type == "cuda",
         )
         self._side = _side_stream(device)
-        self._afar = ahead.pieces(photos.files)
         if not len(self):
             text = f"{len(photos)} images make no batch of {batch_size}"
             raise DataError.of("data.no_batches", "data.root", text, "lower train.batch_size")
@@ -141,9 +140,7 @@ class Batches:
         self._pool.close()
 
     def _count(self, n: int) -> int:
-        if self.drop_last:
-            return n // self.batch_size
-        return self._steps.count(n, self.batch_size)
+        return n // self.batch_size if self.drop_last else math.ceil(n / self.batch_size)
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
         n = len(self.photos)

@@ -4,10 +4,12 @@ A thread cannot be killed, so an item that overruns is answered for, its thread 
 a fresh one takes its place. Threads are daemons: one that hangs for ever ends with the process.
 """
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Generic, TypeVar
+from contextlib import contextmanager
+from typing import Any, Generic, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -40,6 +42,26 @@ def timed_map(
         crew.dismiss()
 
 
+_HERE = threading.local()  # the crew and the item of this thread
+
+
+@contextmanager
+def unhurried() -> Iterator[None]:
+    """Within it the clock of the item at hand stands still, and starts anew behind it.
+
+    For waiting that has limits of its own, such as those of a network.
+    """
+    crew: _Crew[Any, Any] | None = getattr(_HERE, "crew", None)
+    if crew is None:
+        yield
+        return
+    crew.set_clock(_HERE.number, math.inf)
+    try:
+        yield
+    finally:
+        crew.set_clock(_HERE.number, time.monotonic())
+
+
 class _Crew(Generic[Item, Result]):
     def __init__(self, work: Callable[[Item], Result], items: Sequence[Item]) -> None:
         self.work = work
@@ -51,6 +73,11 @@ class _Crew(Generic[Item, Result]):
 
     def hire(self) -> None:
         threading.Thread(target=self._loop, name="vitft-scan", daemon=True).start()
+
+    def set_clock(self, number: int, start: float) -> None:
+        with self.changed:
+            if number in self.started:  # else it is given up on
+                self.started[number] = start
 
     def dismiss(self) -> None:
         with self.changed:
@@ -71,6 +98,7 @@ class _Crew(Generic[Item, Result]):
 
     def _loop(self) -> None:
         while (number := self._take()) is not None:
+            _HERE.crew, _HERE.number = self, number
             try:
                 result: Result | BaseException = self.work(self.items[number])
             except BaseException as error:  # raised where the result is asked for
