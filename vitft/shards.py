@@ -53,7 +53,7 @@ def kind(root: Path) -> str:
     A root that may not be looked into is left to the reader of folders, which says so.
     """
     if afar.holds(root):
-        return "hfds" if next(root.rglob("*.parquet"), None) else "wds"
+        return "hfds" if _ending(root, ".parquet") else "wds"
     with suppress(PermissionError):
         if root.suffix.lower() in SINGLE and root.is_file():
             return SINGLE[root.suffix.lower()]
@@ -113,7 +113,7 @@ def _listing(
 ) -> Listing:
     if names:
         entries = [_named(base, entry, names) for entry in entries]
-        classes, numbers = names, False
+        classes = names
     else:
         found = {e.label for e in entries if e.split in ("", "train")}
         numbers = all(label.isdecimal() for label in found)
@@ -122,10 +122,6 @@ def _listing(
         f"class {name!r} has no photograph"
         for name in sorted(set(classes) - {e.label for e in entries})
     )
-    if numbers:
-        warnings += (
-            f"classes are numbers; {NAMES} beside the shards, one name a line, names them",
-        )
     entries.sort(key=lambda e: e.path)
     total = len(entries) + ignored.total()
     return Listing(base, tuple(entries), classes, total, dict(ignored), warnings=warnings)
@@ -155,7 +151,12 @@ def _class_names(root: Path) -> tuple[str, ...]:
     file = (root if root.is_dir() else root.parent) / NAMES
     if not file.is_file():
         return ()
-    names = tuple(line.strip() for line in file.read_text("utf-8").splitlines() if line.strip())
+    try:
+        lines = file.read_text("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        text = f"is no UTF-8 text ({error.reason} at byte {error.start:,})"
+        raise DataError.of("data.sample", file, text, "save it as UTF-8") from None
+    names = tuple(line.strip() for line in lines if line.strip())
     if len(set(names)) < len(names):
         raise DataError.of("data.sample", file, "names a class twice", "name each class once")
     return names
@@ -169,7 +170,7 @@ def _files(root: Path, source: str) -> list[Path]:
         return _tables(root)
     if root.is_file():
         return [root]
-    files = sorted(p for p in root.rglob("*.tar") if not p.name.startswith("."))
+    files = _ending(root, ".tar")
     if not files:
         packed = sorted(p.name for p in root.rglob("*.tar.*"))
         told = f"; {packed[0]} is compressed, which allows no reading by position" if packed else ""
@@ -178,10 +179,15 @@ def _files(root: Path, source: str) -> list[Path]:
     return files
 
 
+def _ending(root: Path, ending: str) -> list[Path]:
+    found = (p for p in root.rglob("*") if p.suffix.lower() == ending and p.is_file())
+    return sorted(p for p in found if not p.name.startswith("."))
+
+
 def _tables(root: Path) -> list[Path]:
     """In the order that the data set says: its row numbers follow it."""
     described = (root / "dataset_dict.json", root / "state.json")
-    parquet = [root] if root.is_file() else sorted(root.rglob("*.parquet"))
+    parquet = [root] if root.is_file() else _ending(root, ".parquet")
     if parquet and not any(file.is_file() for file in described):
         return parquet
     try:
@@ -335,5 +341,10 @@ def _rows(file: Path) -> _Shard:
     if missing:
         text = f"{len(missing):,} rows have no label, the first is {missing[0]:,}"
         raise DataError.of("data.sample", file, text, "leave these rows out")
+    odd = next((label for label in labels if not isinstance(label, int | str)), None)
+    if odd is not None:
+        text = f"labels in {column} are of type {schema.field(column).type}, such as {odd!r}"[:200]
+        fix = "give each row one label, a whole number or a text"
+        raise DataError.of("data.sample", file, text, fix)
     width = len(str(max(len(labels) - 1, 0)))
     return _Shard(tuple((f"{k:0{width}d}", str(label)) for k, label in enumerate(labels)), names)
