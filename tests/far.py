@@ -1,6 +1,9 @@
 """A web server for tests: a folder, in parts, with a choice of bad manners."""
 
+import socket
+import struct
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
@@ -17,10 +20,18 @@ class Server(ThreadingHTTPServer):
     ranges = True  # answers Range with a part
     marks = True  # sends ETag
     salt = ""  # changes every mark
+    date = ""  # sends it as Last-Modified
     cut: int | None = None  # bytes after which a connection ends
     failures = 0  # so many requests are answered 503
     refuse: int | None = None  # answers everything so
     elsewhere = ""  # sends everyone to this server
+    shift = 0  # sends a part that begins so many bytes late
+    more = 0  # sends so many bytes more than were asked for
+    whole = 0  # so many requests are answered with the whole file
+    headers: dict[str, str]  # sent too
+    drip: float | None = None  # seconds between two bytes
+    broken = ""  # resets the connection: at "once", or behind its "headers"
+    answers: dict[str, int]  # status by path
     asked: list[tuple[str, str]]  # path and Range of each request
     tokens: list[str | None]
 
@@ -41,20 +52,26 @@ class Handler(BaseHTTPRequestHandler):
         file = server.folder / unquote(urlsplit(self.path).path).lstrip("/")
         if server.failures:
             server.failures -= 1
-            return self.send_error(503)
-        if server.refuse:
-            return self.send_error(server.refuse)
-        if server.elsewhere:
+            self.send_error(503)
+        elif refuse := server.answers.get(self.path) or server.refuse:
+            self.send_error(refuse)
+        elif server.broken == "once":
+            self._reset()
+        elif server.elsewhere:
             self.send_response(302)
             self.send_header("Location", server.elsewhere + self.path)
-            return self.end_headers()
-        if not file.is_file():
-            return self.send_error(404)
-        data = file.read_bytes()
-        first, last = 0, len(data) - 1
-        if asked and server.ranges:
+            self.end_headers()
+        elif not file.is_file():
+            self.send_error(404)
+        else:
+            self._send(file.read_bytes(), asked)
+
+    def _send(self, data: bytes, asked: str) -> None:
+        server, first, last = self.server, 0, len(data) - 1
+        server.whole -= (whole := server.whole > 0 and asked != "bytes=0-0")
+        if asked and server.ranges and not whole:
             a, _, b = asked.removeprefix("bytes=").partition("-")
-            first, last = int(a), min(int(b or last), last)
+            first, last = int(a) + server.shift, min(int(b or last) + server.more, last)
             if first > last:
                 return self.send_error(416)
             self.send_response(206)
@@ -63,10 +80,30 @@ class Handler(BaseHTTPRequestHandler):
             self.send_response(200)
         if server.marks:
             self.send_header("ETag", f'"{sha256(data).hexdigest()[:8]}{server.salt}"')
+        if server.date:
+            self.send_header("Last-Modified", server.date)
+        for name, value in server.headers.items():
+            self.send_header(name, value)
         self.send_header("Content-Length", str(last - first + 1))
         self.end_headers()
-        self.wfile.write(data[first : last + 1][: server.cut])
-        return None
+        if server.broken == "headers":
+            return self._reset()
+        return self._write(data[first : last + 1][: server.cut])
+
+    def _write(self, body: bytes) -> None:
+        if self.server.drip is None:
+            self.wfile.write(body)
+            return
+        for k in range(len(body)):
+            self.wfile.write(body[k : k + 1])
+            time.sleep(self.server.drip)
+
+    def _reset(self) -> None:
+        """So that the other side does not read an end, but an error."""
+        self.wfile.flush()
+        now = struct.pack("ii", 1, 0)
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, now)
+        self.connection.close()
 
 
 @contextmanager
@@ -74,6 +111,7 @@ def serving(folder: Path) -> Iterator[Server]:
     """The folder on a port of its own."""
     server = Server(("127.0.0.1", 0), Handler)
     server.folder, server.asked, server.tokens = folder, [], []
+    server.headers, server.answers = {}, {}
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:

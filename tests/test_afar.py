@@ -15,7 +15,19 @@ from hypothesis import strategies as st
 from runs import tensors
 from test_shards import CLASSES, samples, write_parquet, write_tar, write_wds
 
-from vitft import afar, ahead, columns, containers, data, images, offline, recipe, verify
+from vitft import (
+    addresses,
+    afar,
+    ahead,
+    columns,
+    containers,
+    data,
+    images,
+    offline,
+    recipe,
+    verify,
+    wire,
+)
 from vitft.containers import Piece
 from vitft.errors import DataError, MachineError, RecipeError, VitftError
 from vitft.inputs import InputConfig, epoch_rows, plain
@@ -32,7 +44,7 @@ def server(tmp_path, tiny_photos, monkeypatch):
     """Three shards of 25, 25 and 10 photographs, with the network allowed."""
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.delenv("VITFT_OFFLINE", raising=False)
-    monkeypatch.setattr(afar, "PAUSE", 0.01)
+    monkeypatch.setattr(wire, "PAUSE", 0.01)
     write_wds(tmp_path / "shards", tiny_photos)
     with serving(tmp_path / "shards") as found:
         yield found
@@ -156,7 +168,7 @@ def test_an_epoch_has_every_photograph_once_and_fetches_no_piece_twice(server, s
     spans = [(path, *map(int, span[6:].split("-"))) for path, span in fetched(server)]
     whole = [s for s in spans if s[1] % afar.PIECE == 0 and (s[2] + 1) % afar.PIECE == 0]
     assert len(whole) == len(set(whole))
-    kept = sum(f.stat().st_size for f in (afar._home() / "pieces").glob("*/data"))
+    kept = sum(f.stat().st_size for f in (afar._home() / "pieces").glob("*.bytes"))
     assert 0 < kept <= room
 
 
@@ -288,7 +300,7 @@ def tables(tmp_path, tiny_photos, monkeypatch):
     """Two Parquet files of 40 and 20 photographs, in groups of 7, served like the hub's."""
     pytest.importorskip("pyarrow")
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr(afar, "PAUSE", 0.01)
+    monkeypatch.setattr(wire, "PAUSE", 0.01)
     found = samples(tiny_photos)
     order = np.random.default_rng(0).permutation(len(found))
     rows = [(found[i][0], CLASSES.index(found[i][1])) for i in order]
@@ -524,7 +536,7 @@ def test_a_token_goes_to_the_hub_alone(server, tmp_path, monkeypatch):
 )  # fmt: skip
 def test_braces_expand_as_in_a_shell(text):
     said = subprocess.run(["bash", "-c", f"echo {text}"], capture_output=True, text=True)
-    assert afar.expand(text, "here") == said.stdout.split()
+    assert addresses.expand(text, "here") == said.stdout.split()
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ def test_it_tells_what_it_holds_and_clears_it(tiny_recipe, capsys):
 
 
 def test_pieces_of_files_on_servers_are_told_and_cleared_and_what_is_known_stays(capsys):
-    afar.keep("0-0", lambda: bytes(2_000_000))
+    afar.keep("0-0", 2_000_000, lambda: [bytes(2_000_000)]).close()
     io.write_bytes(io.cache_dir() / "afar" / "host-0" / "a.tar", bytes(1_000_000))
     assert cache.main(["info"]) == 0
     _, pieces, known = capsys.readouterr().out.splitlines()

@@ -21,13 +21,14 @@ FLOORS = (
     "draft",
     # the disk, behind its door
     "disk",
-    "files",
+    "files wire",
     "logs moves",
     "seals locks",
     # files and what they hold
     "io ranks convert adapt advice tensorfile inputs folders table ledger recipe pages doubt "
     "trust evaluate suspects hybrid trials",
     # files elsewhere, files in files
+    "addresses",
     "afar",
     "columns",
     "containers",

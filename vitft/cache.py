@@ -74,7 +74,8 @@ def _object(text: object) -> dict[str, Any]:
 def clear() -> int:
     """Removes every space and piece, and nothing else that may lie there; returns bytes freed."""
     freed = _size(afar.pieces_dir())
-    io.remove(afar.pieces_dir())
+    for file in afar.pieces_dir().glob("*"):  # one by one, for a run may be adding some
+        io.remove(file)
     for space in store.spaces():
         if re.fullmatch("[0-9a-f]{32}", space.folder.name):
             io.remove(space.folder)

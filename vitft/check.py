@@ -16,19 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vitft import (
-    card,
-    conflicts,
-    console,
-    data,
-    io,
-    model,
-    offline,
-    prepare,
-    product,
-    recipe,
-    weights,
-)
+from vitft import card, console, data, io, model, offline, prepare, product, recipe, weights
 from vitft.console import say, warn
 from vitft.errors import DataError, Fault, RecipeError, VitftError, escape
 from vitft.ledger import Ledger
@@ -121,7 +109,7 @@ def check_recipe(path: Path, options: Options, overrides: Sequence[str] = ()) ->
         VitftError: As above; a recipe that cannot be read ends the check at once.
     """
     settled = offline.settle(recipe.load(path, overrides))
-    for text in (*settled.warnings, *conflicts.idle(settled.recipe)):
+    for text in settled.warnings:
         warn(text)
     spec = settled.recipe
     lines: list[str] = []

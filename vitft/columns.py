@@ -12,12 +12,14 @@ pyarrow comes with the extra `hfds`, and is imported in this room alone.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vitft import afar
 from vitft.errors import DataError, Fault, MachineError, VitftError
@@ -25,6 +27,10 @@ from vitft.errors import DataError, Fault, MachineError, VitftError
 KINDS = (".arrow", ".parquet")
 COPY_AGAIN = "copy the file again, or write it anew"
 MISSING = -1  # the length of no picture
+ROWS = 64  # unpacked at once
+BUFFER = 2**24  # bytes of a column read at once
+
+Numbers = NDArray[np.int64]
 
 
 def holds(file: Path) -> bool:
@@ -113,45 +119,66 @@ def group(file: Path, name: str) -> tuple[int, int]:
     Raises:
         FileNotFoundError: No such row.
     """
-    if not has(file, name):
+    groups = _groups(file)
+    if not name.isdecimal() or not int(name) < sum(groups.ends[-1:]):
         raise FileNotFoundError(2, "no such row", name)
-    number = int(np.searchsorted(_ends(file), int(name), side="right"))
-    return number, int(_footer(file).row_group(number).total_byte_size)
+    number = int(np.searchsorted(groups.ends, int(name), side="right"))
+    return number, int(groups.sizes[number])
 
 
-def unpacked(file: Path, number: int) -> Path:
-    """The pictures of a row group one after another, behind their places; kept in the cache.
+def unpacked(file: Path, number: int) -> IO[bytes]:
+    """The pictures of a row group one after another, and their places; kept in the cache.
 
-    int64 n, n times (first byte, length), the bytes.
+    The bytes, then for each row int64 first byte and length, then what `afar.keep` adds.
     """
-    return afar.keep(f"{_identity(file)}-g{number}", lambda: _unpack(file, number))
+    size = int(_groups(file).sizes[number])
+    return afar.keep(kept_name(file, number), size, lambda: _unpack(file, number))
 
 
-def _unpack(file: Path, number: int) -> bytes:
-    with _opened(file) as parquet:
-        column = f"{picture_column(schema(file))}.bytes"
-        rows = parquet.read_row_group(number, columns=[column])
-    pictures = [p.as_buffer() if (p := row["bytes"]).is_valid else None for row in rows.column(0)]
-    lengths = np.array([MISSING if p is None else p.size for p in pictures], np.int64)
-    ends = 8 + 16 * len(lengths) + np.cumsum(np.maximum(lengths, 0))
-    places = np.stack([ends - np.maximum(lengths, 0), lengths], axis=1)  # [n, 2]
-    head = np.concatenate([[len(lengths)], places.ravel()]).astype("<i8").tobytes()
-    return b"".join([head, *(memoryview(p) for p in pictures if p is not None)])
+def kept_name(file: Path, number: int) -> str:
+    """What a row group is called in the store of pieces."""
+    return f"{_identity(file)}-g{number}"
+
+
+def _unpack(file: Path, number: int) -> Iterator[bytes | memoryview]:
+    """A few rows at a time: neither a group nor a column of it has to fit into memory."""
+    places, end = [], 0
+    columns = [f"{picture_column(schema(file))}.bytes"]
+    try:
+        with _opened(file) as parquet:
+            for batch in parquet.iter_batches(ROWS, row_groups=[number], columns=columns):
+                for picture in _pictures(file, batch.column(0)):
+                    places.append((end, MISSING if picture is None else picture.size))
+                    if picture is not None:
+                        yield memoryview(picture)
+                        end += picture.size
+    except OSError as error:  # of reading; who writes has a word for his own
+        raise _bad(file, f"cannot be read: {error.strerror}") from None
+    yield np.array(places, "<i8").tobytes()
+
+
+def _pictures(file: Path, structs: Any) -> Iterator[Any]:
+    """The bytes of each struct as a buffer of Arrow; None where it or they are null."""
+    import pyarrow as pa
+
+    found = structs.flatten()[structs.type.get_field_index("bytes")]
+    if pa.types.is_dictionary(found.type):
+        found = found.dictionary_decode()
+    if not (pa.types.is_binary(found.type) or pa.types.is_large_binary(found.type)):
+        raise _bad(file, f"has pictures of type {found.type}, where binary is read")
+    for value in found:
+        yield value.as_buffer() if value.is_valid else None
 
 
 def _of_group(file: Path, row: int, limit: int) -> tuple[int, bytes]:
     """Size of the picture in a row, and its bytes where they are not more than `limit`."""
     number, _ = group(file, str(row))
-    first = int(_ends(file)[number - 1]) if number else 0
-    while True:
-        try:
-            with unpacked(file, number).open("rb") as handle:
-                handle.seek(8 + 16 * (row - first))
-                start, size = np.frombuffer(handle.read(16), "<i8").tolist()
-                handle.seek(start)
-                return size, handle.read(size) if 0 < size <= limit else b""
-        except FileNotFoundError:  # let go of in between
-            continue
+    behind = int(_groups(file).ends[number]) - row  # this row's and those after it
+    with unpacked(file, number) as handle:
+        handle.seek(-16 * behind - afar.TAIL, os.SEEK_END)
+        start, size = np.frombuffer(handle.read(16), "<i8").tolist()
+        handle.seek(start)
+        return size, handle.read(size) if 0 < size <= limit else b""
 
 
 def _identity(file: Path) -> str:
@@ -162,10 +189,24 @@ def _identity(file: Path) -> str:
     return sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:24]
 
 
-def _ends(file: Path) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Rows up to the end of each group, int64 [groups]."""
+@dataclass(frozen=True, eq=False)
+class _Groups:
+    """Row groups of a file: rows up to the end of each, and bytes of each, int64 [groups]."""
+
+    ends: Numbers
+    sizes: Numbers
+
+
+def _groups(file: Path) -> _Groups:
+    return _measured(file, _identity(file))
+
+
+@cache
+def _measured(file: Path, identity: str) -> _Groups:
     footer = _footer(file)
-    return np.cumsum([footer.row_group(k).num_rows for k in range(footer.num_row_groups)])
+    groups = [footer.row_group(k) for k in range(footer.num_row_groups)]
+    sizes = np.array([g.total_byte_size for g in groups], np.int64)
+    return _Groups(np.cumsum([g.num_rows for g in groups], dtype=np.int64), sizes)
 
 
 def _footer(file: Path) -> Any:
@@ -189,7 +230,7 @@ def _opened(file: Path) -> Iterator[Any]:
 
     footer = _footer(file)
     with _source(file) as source, _sound(file):
-        yield pq.ParquetFile(source, metadata=footer)
+        yield pq.ParquetFile(source, metadata=footer, buffer_size=BUFFER)
 
 
 def _source(file: Path) -> IO[bytes]:
@@ -207,7 +248,10 @@ def _sound(file: Path) -> Iterator[None]:
     except (pa.ArrowException, ValueError, OSError) as error:
         if isinstance(error, OSError) and error.errno:  # the disk's, not the decoder's
             raise
-        raise _bad(file, f"is no whole Parquet file ({error})") from None
+        what = "is no whole Parquet file"
+        if isinstance(error, pa.ArrowNotImplementedError) or "crypt" in str(error):
+            what = f"is Parquet that pyarrow {pa.__version__} cannot read by itself"
+        raise _bad(file, f"{what} ({error})") from None
 
 
 def _bad(file: Path, text: str) -> DataError:

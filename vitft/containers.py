@@ -18,6 +18,7 @@ from typing import IO, Any, cast
 
 from vitft import afar, columns, io
 from vitft.errors import DataError, Fault
+from vitft.wire import Far
 
 KINDS = (".tar", *columns.KINDS)
 REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE)
@@ -124,9 +125,24 @@ def fetch(wanted: Piece) -> None:
         DataError, MachineError: As `read`.
     """
     if columns.holds(wanted.file):
-        columns.unpacked(wanted.file, wanted.number)
+        columns.unpacked(wanted.file, wanted.number).close()
     else:
         afar.fetch(wanted.file, wanted.number)
+
+
+def forget(path: Path) -> bool:
+    """Lets go of the pieces that a picture lies in; whether there were any.
+
+    A disk may spoil what it keeps. What its owner knows better is fetched anew.
+    """
+    if not in_pieces(path):
+        return False
+    first = piece(path)
+    if columns.holds(first.file):
+        return afar.forget([columns.kept_name(first.file, first.number)])
+    start, length = members(first.file).spans[path.relative_to(first.file).as_posix()]
+    last = max(start, start + length - 1) // afar.PIECE
+    return afar.forget(afar.piece_name(first.file, k) for k in range(first.number, last + 1))
 
 
 def mark(path: Path) -> str:
@@ -150,7 +166,7 @@ def members(file: Path) -> Tar:
 
 
 @cache
-def _far_members(file: Path, far: afar.Far) -> Tar:
+def _far_members(file: Path, far: Far) -> Tar:
     """Kept beside the stand-in: to read the headers of a tar is to read all of it."""
     kept = file.with_name(f"{file.name}.members.json")
     with suppress(OSError, ValueError, KeyError, TypeError):

@@ -15,10 +15,10 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from vitft import io
-from vitft.afar import connect, offline
 from vitft.console import say, track, warn
 from vitft.errors import MachineError, RecipeError, VitftError
 from vitft.unpack import Bounds, unpack
+from vitft.wire import connect, offline
 
 STEP = 1_000_000  # bytes read at once, and per tick of the progress bar
 TRIES = 3  # attempts in a row that bring nothing before a download is given up

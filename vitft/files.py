@@ -49,6 +49,20 @@ def write_bytes(path: Path, data: bytes) -> None:
     _replace(Path(path), [data], len(data))
 
 
+def write_parts(path: Path, parts: "Iterable[bytes | memoryview]", size: int) -> None:
+    """Replaces a file whole by parts that are never in memory together.
+
+    Args:
+        path: The target.
+        parts: Made while they are written.
+        size: About so many bytes, for the error text.
+
+    Raises:
+        MachineError: As `write_bytes`.
+    """
+    _replace(Path(path), parts, size)
+
+
 def write_text(path: Path, text: str) -> None:
     """Replaces a text file: UTF-8; file names that are not UTF-8 come out as on disk."""
     text = re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", text)  # not from a file name

@@ -100,7 +100,8 @@ def _arrived(root: str) -> Path:
     folder, files = afar.arrive(root)
     size = sum(far.size for far in files)
     say(f"{root}: {len(files):,} files, {size / 1e9:,.2f} GB, read where they lie")
-    stand_ins = sorted(folder.rglob("*.tar"))  # a table says at its end what it holds
+    tars = (p for p in folder.rglob("*") if p.suffix.lower() == ".tar" and p.is_file())
+    stand_ins = sorted(tars)  # a table says at its end what it holds
 
     def look(file: Path) -> None:
         with suppress(DataError):  # said together with all others when they are listed

@@ -39,7 +39,7 @@ import numpy as np
 import torch
 from record import Row, verdict, write
 
-from vitft import afar, io, shards
+from vitft import afar, io, shards, wire
 from vitft.images import DecodeSpec
 from vitft.inputs import InputConfig, augmented
 from vitft.loaders import Batches
@@ -239,7 +239,7 @@ def measure(table: dict[str, Epoch], server: str, rounds: int) -> dict[str, Any]
 
 
 def sent(server: str) -> int:
-    with afar.connect(f"{server}/sent") as answer:
+    with wire.connect(f"{server}/sent") as answer:
         return int(answer.read())
 
 
