@@ -1,5 +1,9 @@
 """Last blocks on kept activations: the cut is clean, and training on it is training the model."""
 
+import threading
+import time
+
+import numpy as np
 import pytest
 import torch
 from timm import create_model
@@ -11,6 +15,7 @@ from vitft import learn as learn_room
 from vitft.errors import RecipeError
 from vitft.learn import Hooks, learn
 from vitft.prepare import prepare
+from vitft.store import make_key
 
 TIMM = {"img_size": 32, "embed_dim": 32, "depth": 3, "num_heads": 2, "patch_size": 8}
 
@@ -128,6 +133,33 @@ def test_on_cuda_no_batch_of_kept_rows_waits_for_the_device(tiny_recipe, kind):
         assert (x.device, y.device, which.device.type) == (far, far, "cpu")
         assert (x.shape, y.shape) == (x_near.shape, y_near.shape)
         assert torch.equal(which, which_near)
+
+
+@pytest.mark.parametrize("start", [0, 4])
+def test_the_next_batch_is_read_while_one_is_learned_from(tiny_recipe, monkeypatch, start):
+    p = prepared(tiny_recipe, "train.views=2", "train.augment=tutorial")
+    kept, begun, read = boundary.keep(p, "train", views=2), [], boundary.Kept.read
+
+    def noted(self, room, rows, views):
+        begun.append(threading.current_thread())
+        read(self, room, rows, views)
+
+    monkeypatch.setattr(boundary.Kept, "read", noted)
+    tokens = boundary.Tokens(kept, batch_size=8, seed=3, device=torch.device("cpu"))
+    steps = range(start, len(tokens))
+    drawn = tokens.drawn(1).tolist()
+    for k, (x, y, rows) in enumerate(tokens.epoch(1, start), 1):
+        deadline = time.monotonic() + 10
+        while len(begun) < min(k + 1, len(steps)) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert len(begun) == min(k + 1, len(steps))
+        keys = [make_key(kept.photos.sha256[row], drawn[row]) for row in rows.tolist()]
+        assert np.array_equal(x.flatten(1), [kept.space.get(key) for key in keys])
+        assert np.array_equal(y, kept.photos.labels[rows])
+    assert threading.main_thread() not in begun
+    monkeypatch.setattr(boundary.Kept, "read", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        list(tokens.epoch(1))
 
 
 class Waits(TorchDispatchMode):

@@ -246,10 +246,10 @@ STUB = (
     "import types\nfor name in ('vit', 'vitflower'):\n"
     "    sys.modules[f'vitft.{name}'] = types.SimpleNamespace(VisionTransformer=None)\n"
 )
-# Whoever tests under nohup hands an ignored SIGHUP down to every child.
+# Whoever tests under nohup, or in the background of a script, hands ignored signals down.
 PRELUDE = (
     "import sys, time, os, signal\nsignal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
-    "from vitft.cli import door\n"
+    "signal.signal(signal.SIGINT, signal.default_int_handler)\nfrom vitft.cli import door\n"
 )
 
 

@@ -117,6 +117,14 @@ def test_other_test_photographs_are_refused_with_counts(tmp_path):
     assert f"data.split={one / 'split.csv'}" in said
 
 
+def test_runs_of_quite_other_photographs_are_told_so(tmp_path):
+    one = write_run(tmp_path / "one", [1] * 3)
+    two = write_run(tmp_path / "two", [1] * 3, shas=[f"{i:064x}" for i in range(700, 703)])
+    with pytest.raises(DataError, match="0 are the same by content") as error:
+        compare.main([str(one), str(two)])
+    assert "fix: run one again on the photographs of the other: data.root" in str(error.value)
+
+
 def test_other_labels_are_refused(tmp_path):
     one = write_run(tmp_path / "one", [1] * 6)
     labels = ["daisy", "rose", "daisy", "rose", "daisy", "daisy"]

@@ -1,12 +1,15 @@
 """In which precision a backbone runs, and when it is compiled: decided by rules, told where not."""
 
+import csv
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from vitft import pace
 from vitft.errors import MachineError
+from vitft.predict import Predictor
 from vitft.run import run
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
@@ -158,3 +161,34 @@ def test_the_recipe_asks_and_the_machine_answers(tiny_recipe, flags):
     exact = run(tiny_recipe("probe"))
     gap = abs(half.predictions.logits - exact.predictions.logits).max()
     assert 0 < gap < 0.5
+
+
+@pytest.mark.parametrize("mode", ["probe", "full"])
+def test_a_product_predicts_in_what_it_was_measured_in(mode, tiny_recipe, flags):
+    """The run's own photographs get the run's own probabilities, to the digit that it wrote."""
+    flags("avx512_bf16")
+    soft = ["probe.strengths=[0.001]", "trust.calibrate=false"]  # no probability of nearly 1
+    result = run(tiny_recipe(mode, "head.precision=bfloat16", "train.epochs=1", *soft))
+    gaps = {}
+    with (result.folder / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    files = [Path(result.folder.parents[2] / "photos" / row["path"]) for row in rows]
+    wanted = np.array([[float(row[f"p:{c}"]) for c in ("blue", "green", "red")] for row in rows])
+    for native in ("avx512_bf16", ""):
+        flags(native)
+        predictor = Predictor(result.folder / "model", device="cpu")
+        found = np.stack([answer.probabilities for answer in predictor(files)])
+        gaps[native] = abs(found - wanted).max()
+    assert predictor.card.precision == "bfloat16"
+    assert predictor.card.head_precision == ("float32" if mode == "probe" else "auto")
+    assert gaps["avx512_bf16"] < 1e-7
+    assert 1e-5 < gaps[""] < 0.1  # in float32 where bfloat16 would be emulated
+
+
+def test_what_was_measured_in_float32_stays_exact_on_a_gpu(capability):
+    capability(9, 0)
+    assert pace.as_measured(CUDA, "float32") is torch.float32
+    assert pace.as_measured(CUDA, "bfloat16") is torch.bfloat16
+    assert pace.as_measured(CUDA, "auto") is torch.bfloat16  # a Card of before
+    capability(7, 5)
+    assert pace.as_measured(CUDA, "bfloat16") is torch.float32

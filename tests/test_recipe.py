@@ -285,6 +285,50 @@ CONFLICTS = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (
+            "mode: probe\ntrain: {lr: 0.1, epochs: 3, workers: 2}",
+            "nothing acts on train.epochs, train.lr in mode: probe, where no head is trained; "
+            "set mode: head, or remove them",
+        ),
+        (
+            "mode: ladder\nladder: {steps: [knn, ridge]}\ntrain: {lr: 0.1}",
+            "nothing acts on train.lr in mode: ladder, where no head is trained; "
+            "set mode: head, or remove it",
+        ),
+        (
+            "mode: full\nhead: {views: 2, precision: float32}",
+            "nothing acts on head.views in mode: full, where a head learns from no views; "
+            "set mode: head, or remove it",
+        ),
+        (
+            "mode: full\nprobe: {kind: ridge}",
+            "nothing acts on probe.kind in mode: full, where no head is solved; "
+            "set mode: probe, or train.init_head: probe, or remove it",
+        ),
+        (
+            "mode: head\nladder: {stop: false}",
+            "nothing acts on ladder.stop in mode: head, where there are no steps; "
+            "set mode: ladder, or remove it",
+        ),
+        ("mode: ladder\ntrain: {lr: 0.1}", None),
+        ("mode: full\ntrain: {init_head: probe}\nprobe: {strengths: [1.0]}", None),
+        ("mode: probe\nprobe: {kind: ridge}\ntrain: {epochs: 10}", None),  # the default
+    ],
+)
+def test_what_nothing_acts_on_is_said(text, told):
+    r = parse(text)
+    assert conflicts.idle(r) == (() if told is None else (told,))
+    assert conflicts.idle(parse(dump(r))) == conflicts.idle(r)
+
+
+def test_every_key_of_the_recipes_that_come_along_acts():
+    for file in sorted((Path(vitft.__file__).parents[1] / "recipes").glob("*.yaml")):
+        assert conflicts.idle(load(file)) == (), file
+
+
 @pytest.mark.parametrize(("text", "one", "other", "why"), CONFLICTS)
 def test_R12_options_that_exclude_each_other_are_told_as_a_pair(text, one, other, why):
     found = fault(text)

@@ -111,6 +111,17 @@ def test_next_steps_lead_to_what_they_speak_of():
     assert f"Add photographs of {weakest.name}: only" in steps[2].text
 
 
+def test_a_class_that_has_most_photographs_is_not_asked_for_more():
+    p = page()
+    weakest = min(p.scores.per_class, key=lambda c: c.recall_interval.high).name
+    counts = p.ledger.counts | {weakest: p.ledger.counts[weakest] | {"train": 90}}
+    steps = report.steps(replace(p, ledger=replace(p.ledger, counts=counts)))
+    assert any(
+        step.text.startswith(f"Look at the mistakes among {weakest}: only") for step in steps
+    )
+    assert not any("Add photographs" in step.text for step in steps)
+
+
 def test_a_perfect_model_is_asked_for_a_larger_test_only():
     p = page(wrong=0.0)
     assert [s.text[:24] for s in report.steps(p)] == ["Test on more photographs"]

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,11 +16,11 @@ import timm
 import torch
 from rows import interrupted
 
-from vitft import io, plan, prepare, product, recipe
+from vitft import checkpoint, conflicts, io, keep, plan, prepare, product, recipe
 from vitft.errors import BusyError, DataError, RecipeError, WeightsError
 from vitft.predict import Predictor, doubts
 from vitft.predict import main as predict_main
-from vitft.run import main, run
+from vitft.run import _owned, main, run
 
 FILES = {
     "recipe.yaml",
@@ -124,18 +125,27 @@ def test_timm_loads_the_product_and_gives_the_same_logits(tiny_recipe, mode):
     result = run(tiny_recipe(mode))
     ours, card = product.load(result.folder)
     x = torch.randn(4, 3, 32, 32)
+    # weights that are made in inference mode are multiplied another way by torch 2.11
+    folder = timm.create_model(f"local-dir:{result.folder / 'model'}", pretrained=True).eval()
+    assert list(folder.pretrained_cfg["label_names"]) == ["blue", "green", "red"]
+    by_file = timm.create_model(
+        "vitflower_ti16",
+        num_classes=3,
+        checkpoint_path=str(result.folder / "model" / "model.safetensors"),
+        **card.options,
+    ).eval()
     with torch.inference_mode():
         expected = ours(x)
-        folder = timm.create_model(f"local-dir:{result.folder / 'model'}", pretrained=True).eval()
         assert torch.equal(folder(x), expected)
-        assert list(folder.pretrained_cfg["label_names"]) == ["blue", "green", "red"]
-        by_file = timm.create_model(
-            "vitflower_ti16",
-            num_classes=3,
-            checkpoint_path=str(result.folder / "model" / "model.safetensors"),
-            **card.options,
-        ).eval()
         assert torch.equal(by_file(x), expected)
+
+
+def test_what_timm_has_not_is_refused_before_it_is_trained(tiny_recipe):
+    options = "model.options={patch_size: 8, embed_dim: 32, depth: 2, num_heads: 2, "
+    spec = tiny_recipe("full", "export.as_timm=true", options + "pos_embed: sincos2d}")
+    text = "vitflower_ti16 with pos_embed has no counterpart in timm"
+    with pytest.raises(RecipeError, match=rf"export.as_timm.*{text}"):
+        prepare.prepare(spec)
 
 
 def test_a_machine_without_vitft_loads_the_as_timm_export(tiny_recipe):
@@ -279,6 +289,48 @@ def test_resume_auto_does_not_start_beside_a_run_under_way(tiny_recipe, tmp_path
         assert [f.name for f in young.parent.iterdir()] == [young.name]
     (young / io.LOCK).write_text('{"pid": 1, "host": "elsewhere"}')  # of one that was killed
     assert run(tiny_recipe("full"), resume="auto").folder != young
+
+
+def test_keys_that_nothing_acts_on_are_warned_of(tiny_recipe, caplog):
+    p = prepare.prepare(tiny_recipe("probe"))
+    about_training, about_views = conflicts.idle(p.recipe)
+    assert p.warnings == (about_training, about_views)
+    assert about_training.startswith("nothing acts on train.epochs, train.batch_size, train.opt,")
+    assert about_views.startswith("nothing acts on head.views")
+    assert {about_training, about_views} <= {r.message for r in caplog.records}
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_of_two_resumes_at_once_one_runs_and_one_is_told(tiny_recipe, tmp_path, monkeypatch, begun):
+    """The second one asks in the midst of the first one's choice."""
+    p = prepare.prepare(tiny_recipe("full"))
+    base, find, got = tmp_path / "runs" / "tiny_full", keep.find, []
+    if begun:
+        (base / "20200101-000000" / "checkpoints" / "step-1").mkdir(parents=True)
+        monkeypatch.setattr(checkpoint, "newest", lambda folder: folder if begun else None)
+
+    def ask():
+        try:
+            with _owned(p, base, "auto") as (folder, _):
+                got.append(folder)
+        except BusyError as error:
+            got.append(error)
+
+    second = threading.Thread(target=ask)
+
+    def with_another_in_between(*args):
+        found = find(*args)
+        if threading.current_thread() is not second:
+            second.start()
+            second.join(0.5)
+        return found
+
+    monkeypatch.setattr(keep, "find", with_another_in_between)
+    with _owned(p, base, "auto") as (folder, goes_on):
+        second.join(30)
+        assert goes_on is begun
+        assert [str(error.faults[0].place) for error in got] == [str(folder)]
+        assert [f.name for f in base.iterdir()] == [folder.name]
 
 
 def test_two_runs_of_one_second_get_two_folders_locked_from_the_start(

@@ -40,6 +40,10 @@ def samples(photos: Path) -> list[tuple[bytes, str]]:
     return [(p.read_bytes(), p.parent.name) for p in sorted(photos.rglob("*.jpg"))]
 
 
+def labelled(photos: Path) -> list[tuple[bytes, int]]:
+    return [(body, CLASSES.index(name)) for body, name in samples(photos)]
+
+
 def write_wds(root: Path, photos: Path, label=lambda name: {"cls": name.encode()}) -> Path:
     """Shards of 25 samples, as webdataset's ShardWriter writes them, classes in turns."""
     found = samples(photos)
@@ -77,17 +81,22 @@ def write_parquet(file: Path, rows: list[tuple[bytes | None, int]], names=CLASSE
     return file
 
 
-def write_hfds(root: Path, splits: dict[str, list[tuple[bytes | None, int]]], names=CLASSES):
-    """What `datasets.Dataset.save_to_disk` writes: Arrow streams of two record batches each."""
+def write_hfds(
+    root: Path, splits: dict[str, list[tuple[bytes | None, int]]], names=CLASSES, shards: int = 1
+) -> Path:
+    """What `datasets.DatasetDict.save_to_disk` writes: Arrow streams of two record batches each."""
     pa = pytest.importorskip("pyarrow")
     for split, rows in splits.items():
         folder = root / split
         folder.mkdir(parents=True)
-        name = "data-00000-of-00001.arrow"
-        with pa.ipc.new_stream(str(folder / name), table_of([], names).schema) as out:
-            for part in (rows[:7], rows[7:]):
-                out.write_table(table_of(part, names))
-        (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
+        size = -(-len(rows) // shards)
+        files = {f"data-{k:05d}-of-{shards:05d}.arrow": k * size for k in range(shards)}
+        for name, first in files.items():
+            with pa.ipc.new_stream(str(folder / name), table_of([], names).schema) as out:
+                for start, end in ((first, first + 7), (first + 7, first + size)):
+                    out.write_table(table_of(rows[start : min(end, first + size)], names))
+        state = {"_data_files": [{"filename": name} for name in files]}
+        (folder / "state.json").write_text(json.dumps(state))
     (root / "dataset_dict.json").write_text(json.dumps({"splits": list(splits)}))
     return root
 
@@ -121,7 +130,7 @@ def test_shards_hold_the_same_data_set_as_the_folder(tiny_photos, tmp_path, sour
     if source == "wds":
         root = write_wds(tmp_path / "shards", tiny_photos)
     else:
-        rows = [(body, CLASSES.index(name)) for body, name in samples(tiny_photos)]
+        rows = labelled(tiny_photos)
         root = write_hfds(tmp_path / "shards", {"train": rows})
     folder, sharded = scan(tiny_photos), scan(root, source=source)
     assert by_content(sharded) == by_content(folder)
@@ -152,13 +161,39 @@ def test_a_run_on_shards_gives_the_result_of_the_folder(tiny_recipe, tiny_photos
     assert answer.probabilities is not None
 
 
-def test_a_full_run_on_shards_trains_with_workers(tiny_recipe, tiny_photos, tmp_path):
-    root = write_wds(tmp_path / "shards", tiny_photos)
-    more = ["data.source=wds", "train.epochs=1"]
-    one = run(tiny_recipe("full", f"data.root={root}", *more))
-    two = run(tiny_recipe("full", f"data.root={root}", *more, "train.workers=2"))
-    a, b = tensors(one.folder), tensors(two.folder)
-    assert all(torch.equal(a[k], b[k]) for k in a)
+def test_a_run_on_a_data_set_gives_the_result_of_the_folder_bit_for_bit(
+    tiny_recipe, tiny_photos, tmp_path
+):
+    """Its rows stand in the folder's order; audit, report, verification, prediction included."""
+    root = write_hfds(tmp_path / "h", {"train": labelled(tiny_photos)}, shards=3)
+    folder = run(tiny_recipe("probe"))
+    arrow = run(tiny_recipe("probe", f"data.root={root}", "data.source=hfds"))
+    assert "features: 0 computed, 42 reused" in (arrow.folder / "log.txt").read_text()
+    assert np.array_equal(arrow.predictions.logits, folder.predictions.logits)
+    assert arrow.scores.log_loss == folder.scores.log_loss
+    one, other = tensors(folder.folder), tensors(arrow.folder)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert "data:image/" in (arrow.folder / "report.html").read_text()
+    assert [check for check in verify.verify(arrow.folder) if not check.ok] == []
+    lines = (arrow.folder / "predictions.csv").read_text().splitlines()
+    assert lines[1].startswith("train/data-00000-of-00003.arrow/")
+    (answer,) = Predictor(arrow.folder / "model", device="cpu")([root / lines[1].split(",")[0]])
+    assert answer.probabilities is not None
+
+
+@pytest.mark.parametrize("source", ["wds", "hfds"])
+def test_a_full_run_on_shards_trains_with_workers(tiny_recipe, tiny_photos, tmp_path, source):
+    if source == "wds":
+        root = write_wds(tmp_path / "shards", tiny_photos)
+    else:
+        root = write_hfds(tmp_path / "h", {"train": labelled(tiny_photos)}, shards=2)
+    more = [f"data.root={root}", f"data.source={source}", "train.epochs=1"]
+    runs = [run(tiny_recipe("full", *more, f"train.workers={n}")) for n in (0, 2)]
+    if source == "hfds":  # its rows stand in the folder's order
+        runs.append(run(tiny_recipe("full", "train.epochs=1")))
+    first, *others = (tensors(one.folder) for one in runs)
+    assert all(torch.equal(first[k], other[k]) for other in others for k in first)
 
 
 def test_a_shard_that_changed_since_the_scan_is_named(tiny_photos, tmp_path):
@@ -233,7 +268,7 @@ def test_a_data_sets_own_splits_and_class_order_are_kept(tmp_path, tiny_photos):
 
 def test_a_label_is_the_place_of_a_name_even_where_names_are_numbers(tmp_path, tiny_photos):
     """Class folders 1, 2, 10 make the ClassLabel names 1, 10, 2: label 1 means 10."""
-    rows = [(body, CLASSES.index(name)) for body, name in samples(tiny_photos)]
+    rows = labelled(tiny_photos)
     index = scan(write_hfds(tmp_path / "h", {"train": rows}, ("1", "10", "2")))
     assert index.classes == ("1", "10", "2")
     told = {sha256(body).hexdigest(): label for body, label in rows}
@@ -241,7 +276,7 @@ def test_a_label_is_the_place_of_a_name_even_where_names_are_numbers(tmp_path, t
 
 
 def test_splits_that_number_their_classes_differently_are_refused(tmp_path, tiny_photos):
-    rows = [(body, CLASSES.index(name)) for body, name in samples(tiny_photos)]
+    rows = labelled(tiny_photos)
     root = write_hfds(tmp_path / "h", {"validation": rows[1::2]}, CLASSES[::-1])
     write_hfds(root, {"train": rows[::2]})
     (root / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "validation"]}))
@@ -258,6 +293,16 @@ def test_metadata_of_another_kind_is_said(tmp_path, about):
     with pa.ipc.new_stream(str(next(root.rglob("*.arrow"))), schema):
         pass
     refused(root, "data.sample", "metadata cannot be read")
+
+
+def test_classes_that_are_numbers_are_told_where_names_go(tmp_path, tiny_photos):
+    root = write_wds(
+        tmp_path / "shards", tiny_photos, lambda n: {"cls": str(CLASSES.index(n)).encode()}
+    )
+    told = "classes are numbers; classes.txt beside the shards"
+    assert any(told in line for line in scan(root, source="wds").ledger.warnings)
+    (root / "classes.txt").write_text("\n".join(CLASSES))
+    assert not any(told in line for line in scan(root, source="wds").ledger.warnings)
 
 
 def test_a_single_tar_is_known_by_its_name(tmp_path, tiny_photos):
@@ -353,7 +398,7 @@ def test_what_is_no_folder_of_shards_is_said(tmp_path):
 
 
 def test_rows_without_a_picture_or_label_are_said(tmp_path, tiny_photos):
-    rows = [(body, CLASSES.index(name)) for body, name in samples(tiny_photos)]
+    rows = labelled(tiny_photos)
     refused(write_hfds(tmp_path / "a", {"train": [*rows, (JPEG, -1)]}), "data.sample", "no label")
     root = write_hfds(tmp_path / "b", {"train": [*rows, (None, 0)]})
     (refusal,) = scan(root, max_bad=0.1).ledger.refused
@@ -367,7 +412,7 @@ def test_rows_without_a_picture_or_label_are_said(tmp_path, tiny_photos):
 
 
 def test_without_pyarrow_the_extra_is_named(tmp_path, tiny_photos, monkeypatch):
-    rows = [(body, CLASSES.index(name)) for body, name in samples(tiny_photos)]
+    rows = labelled(tiny_photos)
     root = write_hfds(tmp_path / "a", {"train": rows})
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     columns._mapping.cache_clear()

@@ -83,6 +83,17 @@ def test_strata_take_the_variance_between_them_away():
     assert plain.high - plain.low > 1
 
 
+def test_the_interval_of_a_mean_joins_those_of_its_numbers():
+    """Three and four points of distance, squared and added, are five, halved for the mean."""
+    each = [Interval(0.5, 0.66), Interval(0.75, 0.87)]
+    joined = stats.of_mean([0.53, 0.79], each)
+    assert joined.low == pytest.approx(0.66 - 0.05 / 2)
+    assert joined.high == pytest.approx(0.66 + np.hypot(0.13, 0.08) / 2)
+    one = stats.wilson(3, 4)
+    assert stats.of_mean([0.75], [one]).low == pytest.approx(one.low)
+    assert np.isnan(stats.of_mean([], []).high)
+
+
 def macro_f1(confusion):
     hit = np.diagonal(confusion, axis1=1, axis2=2)
     return (2 * hit / np.maximum(confusion.sum(1) + confusion.sum(2), 1)).mean(axis=1)

@@ -9,7 +9,7 @@ from rows import contents
 
 from vitft import charts, recipe, run, study, trials
 from vitft.errors import RecipeError
-from vitft.stats import Interval
+from vitft.stats import Interval, wilson
 
 STUDIES = sorted((Path(recipe.__file__).parents[1] / "recipes" / "studies").glob("*.yaml"))
 
@@ -38,8 +38,19 @@ def test_seeds_that_disagree_widen_the_interval_by_hand():
     assert m.p == pytest.approx(2 * t.sf(0.25 / total**0.5, freedom))
 
 
-def test_no_spread_at_all_is_certain_and_shapes_are_checked():
-    assert trials.mean(np.zeros((2, 3))) == trials.Mean(0.0, Interval(0.0, 0.0), 1.0, 2, 3)
+def test_no_spread_at_all_is_no_certainty_and_shapes_are_checked():
+    edge = wilson(0, 3).high  # three photographs alike say little of the fourth
+    assert trials.mean(np.zeros((2, 3))) == trials.Mean(0.0, Interval(-edge, edge), 1.0, 2, 3)
+    right = trials.mean(np.ones((2, 3)))
+    assert right.interval.low == pytest.approx(wilson(3, 3).low)
+
+
+def test_no_difference_is_larger_than_all_photographs():
+    """Two seeds leave Student one degree of freedom, and an interval of thirteen deviations."""
+    right = {"a": [[0, 0, 1, 0], [1, 1, 0, 1]], "b": [[1, 1, 0, 1], [0, 0, 1, 0]]}
+    (contrast,) = trials.contrasts(right)
+    assert contrast.difference.interval.high > 1
+    assert contrast.sentence().startswith("a and b are level: 0.0 points [-100.0, 100.0]")
     assert trials.mean(np.ones((2, 3))).p == 0.0
     with pytest.raises(ValueError, match=r"at least \[1, 2\], got \[2, 1\]"):
         trials.mean(np.ones((2, 1)))
@@ -66,7 +77,7 @@ def test_sentences_say_which_is_better_only_where_it_is():
         "3 seeds and 200 photographs"
     )
     (level,) = trials.contrasts({"plain": a, "other": a})
-    assert level.sentence() == "plain and other are level: 0.0 points [0.0, 0.0], 3 seeds and " + (
+    assert level.sentence() == "plain and other are level: 0.0 points [-1.9, 1.9], 3 seeds and " + (
         "200 photographs"
     )
     (single,) = trials.contrasts({"plain": a[:1], "other": b[:1]})

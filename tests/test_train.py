@@ -213,6 +213,32 @@ def test_X8_out_of_memory_halves_the_parts_and_keeps_the_result(monkeypatch):
     torch.testing.assert_close(plain.weight, split.weight, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("missing", ["memory", "something else"])
+def test_X8_memory_that_runs_out_while_compiling_halves_the_parts_too(monkeypatch, missing):
+    """The error is torch's own, as it comes out of its compiler."""
+
+    def backend(graph, inputs):
+        if missing != "memory":
+            raise ValueError(missing)
+        if any(x.shape[:1] == (4,) for x in inputs if x.dim() == 2 and not x.requires_grad):
+            raise torch.cuda.OutOfMemoryError("no room")
+        return graph.forward
+
+    def compile_task(self, **kwargs):
+        self.trainable_module = torch.compile(self.trainable_module, backend=backend, dynamic=False)
+
+    monkeypatch.setattr(ClassificationTask, "compile", compile_task)
+    plain, split = network(), network()
+    plain[2].p = split[2].p = 0.0
+    if missing != "memory":
+        with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=missing):
+            trainer(split, spec={"ema": None, "compile": True}).fit()
+        return
+    assert trainer(split, spec={"ema": None, "compile": True}).fit().splits == 2
+    trainer(plain, spec={"ema": None, "compile": False}).fit()
+    torch.testing.assert_close(plain[3].weight, split[3].weight, atol=1e-6, rtol=1e-5)
+
+
 def cramped(net, monkeypatch, room=2):
     """Lets no more than `room` rows through a network at once; says which activations live."""
     whole, made = net.forward, []
@@ -276,6 +302,7 @@ def test_X12_a_loss_that_is_not_finite_stops_before_the_weights_are_touched():
     assert "photo_9.jpg" in str(e.value)
     assert "learning rate" in str(e.value)
     assert "fix: lower train.lr" in str(e.value)
+    assert "nothing had been saved yet" in str(e.value)
     assert e.value.exit_code == 6
     assert all(torch.isfinite(p).all() for p in net.parameters())
     assert not saved

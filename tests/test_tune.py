@@ -13,7 +13,8 @@ import vitft  # noqa: F401  (registers the names)
 from vitft import learn, model, product, tune
 from vitft.errors import RecipeError, VitftError
 from vitft.learn import Hooks
-from vitft.prepare import plan, prepare
+from vitft.plan import plan
+from vitft.prepare import prepare
 from vitft.recipe import TrainSpec
 from vitft.run import run
 
@@ -202,7 +203,7 @@ def test_the_plan_counts_what_will_be_trained(tiny_recipe, keys):
 
 def test_the_plan_of_kept_activations_runs_the_last_blocks_alone(tiny_recipe, monkeypatch):
     monkeypatch.setattr(
-        importlib.import_module("vitft.prepare"), "_speed", lambda prepared: (0.1, 0.05)
+        importlib.import_module("vitft.plan"), "_speed", lambda prepared: (0.1, 0.05)
     )
     cut = ("train.blocks=1", "train.views=1", "train.augment=plain", "train.init_head=probe")
     p = prepare(tiny_recipe("full", "train.epochs=4", *cut))

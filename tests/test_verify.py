@@ -4,6 +4,8 @@ import json
 import re
 
 import pytest
+import timm
+from safetensors.torch import save_file
 
 from vitft import io, recipe
 from vitft.errors import DataError, RecipeError
@@ -66,6 +68,20 @@ def test_a_flipped_byte_in_the_product_ends_the_comparison(finished):
     assert not checks["model"].ok
     assert "model.safetensors" in checks["model"].text
     assert "predictions" not in checks
+
+
+def test_the_weights_of_a_hybrid_are_its_cnns(tiny_recipe, tmp_path):
+    file = tmp_path / "cnn.safetensors"
+    save_file(timm.create_model("resnet10t").state_dict(), file)
+    keys = ("model.embed.backbone=resnet10t", f"model.embed.weights={file}", "train.epochs=1")
+    keys += ("model.options={depth: 1, embed_dim: 32, num_heads: 2}",)
+    folder = run(tiny_recipe("full", *keys)).folder
+    checks = named(folder)
+    assert all(check.ok for check in checks.values()), checks
+    assert f"cnn.safetensors has sha256 {io.sha256_file(file)[:12]}" in checks["weights"].text
+    page = (folder / "report.html").read_text()
+    said = "vitflower_ti16 · weights none · on resnet10t with weights cnn.safetensors · mode full"
+    assert said in page
 
 
 def test_one_changed_byte_of_the_starting_weights_is_named(tiny_recipe, tmp_path):

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitft import vitflower
-from vitft.blocks import Attention
+from vitft.blocks import Attention, Block
 from vitft.errors import RecipeError
 from vitft.patches import PatchConv
 from vitft.positions import sincos2d
@@ -144,6 +144,55 @@ def test_dropout_and_stochastic_depth_draw_like_timms_in_training():
         torch.manual_seed(3)
         outputs.append(model(images(4)))
     torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 12])
+def test_drop_path_grows_from_block_to_block_as_timms_does(depth):
+    options = TINY | {"depth": depth, "drop_path_rate": 0.3}
+    rates = [
+        [
+            getattr(path, "drop_prob", 0.0)
+            for b in net.blocks
+            for path in (b.drop_path1, b.drop_path2)
+        ]
+        for net in (
+            timm.create_model("vitflower_b16", **options),
+            timm.create_model("vit_base_patch16_224", **options),
+        )
+    ]
+    assert rates[0] == pytest.approx(rates[1], abs=1e-7)
+    assert rates[0][:2] == [0, 0]
+    assert rates[0][-2:] == ([0.3, 0.3] if depth > 1 else [0, 0])
+
+
+@pytest.mark.parametrize("way", ["forward", "first_token"])
+def test_drop_path_leaves_out_whole_branches_of_single_images_and_keeps_the_mean(way):
+    """By hand: for all tokens of an image a branch counts 0 or 1 / (1 - rate) times."""
+    torch.manual_seed(0)
+    rate, n, block = 0.4, 4000, Block(8, 2, drop_path=0.4)
+    image = torch.randn(1, 3, 8)
+
+    def by_hand(x, attention, mlp):
+        x = x + attention * block.attn(block.norm1(x))
+        x = x + mlp * block.mlp(block.norm2(x))
+        return x if way == "forward" else x[:, :1]
+
+    def with_gradient(function):
+        x = image.repeat(n, 1, 1).requires_grad_()
+        out = function(x)
+        out.square().sum().backward()
+        return torch.cat([out.detach(), x.grad], 1).flatten(1)  # [n, values]
+
+    drawn = with_gradient(getattr(block.train(), way))
+    factors = [(a / (1 - rate), m / (1 - rate)) for a in (0, 1) for m in (0, 1)]
+    kinds = torch.stack([with_gradient(lambda x, f=f: by_hand(x, *f))[0] for f in factors])
+    gaps = (drawn[:, None] - kinds).abs().amax(2)  # [n, 4]
+    assert float(gaps.amin(1).max()) < 1e-5
+    shares = torch.bincount(gaps.argmin(1), minlength=4) / n
+    wanted = torch.tensor([rate * rate, rate * (1 - rate), rate * (1 - rate), (1 - rate) ** 2])
+    torch.testing.assert_close(shares, wanted, atol=0.03, rtol=0)  # 4 standard errors: 0.03
+    whole = with_gradient(lambda x: by_hand(x, 1, 1))
+    torch.testing.assert_close(with_gradient(getattr(block.eval(), way)), whole)
 
 
 def test_base_backbone_has_the_papers_parameter_count():

@@ -54,7 +54,9 @@ def crowded(room: int) -> None:
 def child(order: dict[str, Any]) -> None:
     os.setsid()
     os.environ.update(order.get("env", {}))
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests under nohup would hand an ignored one down
+    # tests under nohup, or in the background of a script, would hand ignored ones down
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for name, number in (("out", 1), ("err", 2)):
         if name in order:
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -50,6 +50,9 @@ class Card:
         recipe: The resolved recipe's text.
         hashes: sha256 of data (all rows of the split), of weights and of the backbone.
         metrics: The run's test numbers; fractions 0 to 1.
+        precision: What it was measured in, `float32` or `bfloat16`; `auto`: not said (older Cards).
+        head_precision: Of its head, which is measured in float32 on the features of a frozen
+            backbone; `auto`: as `precision`.
         extras: Further JSON of later rooms (what the temperature was fitted on, threshold for "I
             don't know").
         format: Of these attributes.
@@ -68,6 +71,8 @@ class Card:
     metrics: dict[str, Any] = field(default_factory=dict)
     extras: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    head_precision: Literal["auto", "float32", "bfloat16"] = "auto"
 
 
 def text_of(card: Card) -> str:

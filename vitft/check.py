@@ -16,7 +16,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vitft import card, console, data, io, model, offline, prepare, product, recipe, weights
+from vitft import (
+    card,
+    conflicts,
+    console,
+    data,
+    io,
+    model,
+    offline,
+    prepare,
+    product,
+    recipe,
+    weights,
+)
 from vitft.console import say, warn
 from vitft.errors import DataError, Fault, RecipeError, VitftError, escape
 from vitft.ledger import Ledger
@@ -109,7 +121,7 @@ def check_recipe(path: Path, options: Options, overrides: Sequence[str] = ()) ->
         VitftError: As above; a recipe that cannot be read ends the check at once.
     """
     settled = offline.settle(recipe.load(path, overrides))
-    for text in settled.warnings:
+    for text in (*settled.warnings, *conflicts.idle(settled.recipe)):
         warn(text)
     spec = settled.recipe
     lines: list[str] = []

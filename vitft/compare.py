@@ -296,6 +296,8 @@ def _require_same(a: Run, b: Run) -> None:
         if seen:
             what += f"; {seen:,} test photographs of one were trained on by the other"
         fix = f"run one again with data.split={a.folder / 'split.csv'}"
+        if not both:
+            fix = "run one again on the photographs of the other: data.root and data.split"
         raise DataError.of("compare.other_test", b.folder, what, fix)
     other = [i for i, (x, y) in enumerate(zip(a.labels, b.labels, strict=True)) if x != y]
     if other:

@@ -1,7 +1,8 @@
 """Keys of a recipe that are right one by one and cannot go together.
 
 Only what cannot be: an option that would be ignored in silence, or that chooses from nothing. What
-is merely unwise is the reader's to try.
+is merely unwise is the reader's to try. A section that another mode would use is no fault, since
+one recipe may serve several modes; that nothing acts on it is said.
 """
 
 from collections.abc import Iterator
@@ -41,6 +42,38 @@ def found(r: Recipe) -> Iterator[Fault]:
     ):
         text = f"{_told(r, a)} cannot go with {_told(r, b)}: {why}"
         yield Fault("recipe.conflict", r.place(a), text, fix)
+
+
+def idle(r: Recipe) -> tuple[str, ...]:
+    """A sentence for every section of which keys that are not at their defaults act on nothing.
+
+    A default may be written anywhere, as in the recipe that a run leaves behind.
+    """
+    told = []
+    for section, busy, why, fix in _unread(r):
+        own = getattr(r, section)
+        fields = type(own).model_fields.items()
+        keys = [k for k, f in fields if k not in busy and getattr(own, k) != f.default]
+        if keys:
+            names = ", ".join(f"{section}.{k}" for k in keys)
+            told.append(
+                f"nothing acts on {names} in mode: {r.mode}, where {why}; "
+                f"set {fix}, or remove {'it' if len(keys) == 1 else 'them'}"
+            )
+    return tuple(told)
+
+
+def _unread(r: Recipe) -> Iterator[tuple[str, set[str], str, str]]:
+    """Section, its keys that act in any case, why the others do not, and where they would."""
+    steps = set(r.ladder.steps) if r.mode == "ladder" else {r.mode}
+    if not steps & {"head", "blocks", "full"}:
+        yield "train", {"workers"}, "no head is trained", "mode: head"
+    if r.mode in ("probe", "full"):
+        yield "head", {"feature_dtype", "precision"}, "a head learns from no views", "mode: head"
+    if r.mode in ("head", "full") and r.train.init_head != "probe":
+        yield "probe", set(), "no head is solved", "mode: probe, or train.init_head: probe"
+    if r.mode != "ladder":
+        yield "ladder", set(), "there are no steps", "mode: ladder"
 
 
 def _told(r: Recipe, key: str) -> str:

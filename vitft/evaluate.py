@@ -5,6 +5,7 @@ Test photographs pass here once. Nothing is dropped: as many predictions leave a
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vitft.kernels import Packed, fast_linear
-from vitft.stats import Interval, softmax, wilson
+from vitft.stats import Interval, bootstrap_confusion, of_mean, softmax, wilson
 
 GPU_BATCH = 256  # fills the cores
 CPU_BATCH = 8  # activations stay in the cache
@@ -202,3 +203,57 @@ def _top_k(predictions: Predictions, ks: Sequence[int]) -> dict[int, float]:
     order = np.argsort(-predictions.logits, axis=1, kind="stable")  # [N, C]
     hit = order == predictions.labels[:, None]
     return {k: float(hit[:, :k].any(axis=1).mean()) for k in ks if k < width}
+
+
+# -- intervals over classes -----------------------------------------------------------------------
+#
+# Redrawing a class of two photographs that are both right gives nothing else. At 16 photographs of
+# four classes the 95 % of a bootstrap alone held the truth in 35 to 63 of 100 cases, what is below
+# in 92 to 95; at 500 of five classes in 85 to 94, and 94 to 98 (200 or 300 simulated tests each).
+# With three photographs of each of 100 classes macro-F1's still holds it in 79 only, balanced
+# accuracy's in 89: a class that is called too often or too seldom shows nowhere in three.
+
+
+def balanced_interval(confusion: NDArray[np.int64]) -> Interval:
+    """Of the mean recall over the classes that have photographs, from each one's Wilson interval.
+
+    Args:
+        confusion: [C, C], rows true.
+    """
+    there = confusion.sum(axis=1) > 0
+    hits, sizes = np.diagonal(confusion)[there], confusion.sum(axis=1)[there]
+    return of_mean(hits / sizes, _wilsons(hits, sizes))
+
+
+def macro_f1_interval(confusion: NDArray[np.int64], *, count: int, seed: int) -> Interval:
+    """The wider of a bootstrap and what the classes' own intervals give, as these share errors.
+
+    A class's F1 is 2 J / (1 + J), where J is its hits among all that are so labelled or so called.
+
+    Args:
+        confusion: [C, C], rows true.
+        count: Redraws.
+        seed: Of the draws.
+    """
+    hits = np.diagonal(confusion)
+    union = confusion.sum(axis=0) + confusion.sum(axis=1) - hits
+    some = union > 0  # the others count as 0, whatever is drawn
+    each = [Interval(_f1(i.low), _f1(i.high)) for i in _wilsons(hits[some], union[some])]
+    joined, part = of_mean(_f1(hits[some] / union[some]), each), float(some.mean())
+    drawn = bootstrap_confusion(_macro_f1, confusion, count=count, seed=seed)
+    return Interval(min(drawn.low, part * joined.low), max(drawn.high, part * joined.high))
+
+
+def _wilsons(hits: NDArray[np.int64], sizes: NDArray[np.int64]) -> list[Interval]:
+    return [wilson(k, n) for k, n in zip(hits.tolist(), sizes.tolist(), strict=True)]
+
+
+def _f1(share: Any) -> Any:
+    return 2 * share / (1 + share)
+
+
+def _macro_f1(m: NDArray[np.int64]) -> NDArray[np.float64]:
+    """[R, C, C] -> [R]; a class that is neither there nor predicted counts as 0, as in `Scores`."""
+    hit = np.diagonal(m, axis1=1, axis2=2)
+    both = m.sum(axis=1) + m.sum(axis=2)
+    return np.asarray((2 * hit / np.maximum(both, 1)).mean(axis=1))

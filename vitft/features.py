@@ -324,24 +324,26 @@ class Views:
         Yields:
             x [B, D] and y [B] on the device, rows [B] on the host.
         """
-        rows = torch.as_tensor(
-            epoch_rows(self.labels, self.seed, epoch, balanced=self.balanced)
-        )  # [n]
-        views = self.drawn(epoch)[rows]  # [n]
-        placed = self.placed(views), self.placed(rows)
-        for first in range(start * self.batch_size, len(rows), self.batch_size):
-            share = first + self.ranks.share(min(self.batch_size, len(rows) - first))
-            own = slice(share[0], share[-1] + 1) if len(share) else slice(0)  # shares are runs
+        views, rows = self.plan(epoch)
+        placed = sent(views, self.y.device), sent(rows, self.y.device)
+        for own in self.shares(len(rows), start):
             yield *self.take(placed[0][own], placed[1][own]), rows[own]
+
+    def plan(self, epoch: int) -> tuple[Tensor, Tensor]:
+        """The views and rows of an epoch in their order, int64 [n] each, on the host."""
+        rows = torch.as_tensor(epoch_rows(self.labels, self.seed, epoch, balanced=self.balanced))
+        return self.drawn(epoch)[rows], rows
+
+    def shares(self, count: int, start: int) -> Iterator[slice]:
+        """Where this rank's part of each batch lies among so many rows, from a batch on."""
+        for first in range(start * self.batch_size, count, self.batch_size):
+            share = first + self.ranks.share(min(self.batch_size, count - first))
+            yield slice(share[0], share[-1] + 1) if len(share) else slice(0)  # shares are runs
 
     def drawn(self, epoch: int) -> Tensor:
         """The view of each photograph in this epoch, int64 [N]."""
         rng = np.random.default_rng(derive_seed(self.seed, "view", epoch))
         return torch.as_tensor(rng.integers(self.views, size=len(self.labels)))
-
-    def placed(self, plan: Tensor) -> Tensor:
-        """An epoch's views or rows where `take` reads them: beside the table."""
-        return sent(plan, self.y.device)
 
     def take(self, views: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """[B, D] and [B] of some rows, each in its view."""

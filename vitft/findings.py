@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vitft import audit, curve, doubt, io, stats, suspects, trust
+from vitft import audit, curve, doubt, evaluate, io, stats, suspects, trust
 from vitft.console import say
 from vitft.evaluate import Predictions
 from vitft.learn import Learned, extract
@@ -409,7 +409,7 @@ def _band(p: Prepared, learned: Learned) -> trust.SeedBand | None:
 def _intervals(
     p: Prepared, predictions: Predictions, temperature: float
 ) -> dict[str, stats.Interval]:
-    """Stratified bootstrap intervals of what has no formula."""
+    """Of the numbers that stand beside the accuracy."""
     count, seed = p.recipe.trust.bootstrap, p.recipe.seed
     guess = predictions.logits.argmax(axis=1)
     c = len(p.index.classes)
@@ -421,23 +421,7 @@ def _intervals(
         )
     )
     return {
-        "macro_f1": stats.bootstrap_confusion(_macro_f1, confusion, count=count, seed=seed),
-        "balanced_accuracy": stats.bootstrap_confusion(
-            _balanced, confusion, count=count, seed=seed
-        ),
+        "macro_f1": evaluate.macro_f1_interval(confusion, count=count, seed=seed),
+        "balanced_accuracy": evaluate.balanced_interval(confusion),
         "log_loss": stats.bootstrap_mean(losses, predictions.labels, count=count, seed=seed),
     }
-
-
-def _macro_f1(m: NDArray[np.int64]) -> NDArray[np.float64]:
-    """[R, C, C] -> [R]; a class that is neither there nor predicted counts as 0, as in `Scores`."""
-    hit = np.diagonal(m, axis1=1, axis2=2)
-    both = m.sum(axis=1) + m.sum(axis=2)
-    return np.asarray((2 * hit / np.maximum(both, 1)).mean(axis=1))
-
-
-def _balanced(m: NDArray[np.int64]) -> NDArray[np.float64]:
-    """[R, C, C] -> [R]: mean recall over the classes that have photographs."""
-    true = m.sum(axis=2)
-    recall = np.diagonal(m, axis1=1, axis2=2) / np.maximum(true, 1)
-    return np.asarray(recall.sum(axis=1) / np.maximum((true > 0).sum(axis=1), 1))

@@ -9,7 +9,7 @@ between (kill, power cut, full disk), a reader meets the old one or the new one,
     logs       append_line  read_lines  trim_lines  open_log   appending  read_json
     folders    staged_dir  verify_dir  newest_whole  keep_newest  make_dir  scratch_dir
     names      remove  move  move_aside  link_latest  sweep
-    locks      lock  locked_dir  require_free
+    locks      lock  locked_dir  in_turn  require_free
     asked      require_space  require_writable  require_outside  lies_in  cache_dir
 
 The rows are rooms behind this door (`files`, `logs`, `seals`, `moves`, `locks`, all upon `disk`),
@@ -41,6 +41,7 @@ from vitft.files import write_parts as write_parts
 from vitft.files import write_tensors as write_tensors
 from vitft.files import write_text as write_text
 from vitft.locks import LOCK as LOCK
+from vitft.locks import in_turn as in_turn
 from vitft.locks import lock as lock
 from vitft.locks import locked_dir as locked_dir
 from vitft.locks import require_free as require_free

@@ -9,7 +9,6 @@ has a say: not the number of workers, not where an epoch was resumed, not the ba
 apart), not what the training loop drew in between.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 
@@ -45,6 +44,8 @@ class Batches:
         cutmix: Alpha of the beta distribution; 0 is off.
         classes: C, needed for mixing: targets become float32 [B, C].
         drop_last: Leave out a last step that is not full.
+        joins_last: A last photograph that would be a step of its own belongs to the one before, as
+            batch normalisation makes nothing of it.
         timeout: Seconds without a batch from the workers before they are given up.
         ranks: Each gets its share of every batch; where it mixes, of pairs that belong together.
 
@@ -69,6 +70,7 @@ class Batches:
         timeout: float = TIMEOUT,
         ranks: Ranks = ALONE,
         balanced: bool = False,
+        joins_last: bool = False,
     ) -> None:
         self.photos, self.batch_size, self.seed = photos, batch_size, seed
         self.shuffle, self.device, self.drop_last = shuffle, device, drop_last
@@ -76,7 +78,7 @@ class Batches:
         self.transform = photos.transform
         self.workers = worker_count(workers, device, ranks.here)
         self._mixup = _mixup(mixup, cutmix, classes)
-        self._steps = Steps(ranks, pairs=self._mixup is not None)
+        self._steps = Steps(ranks, pairs=self._mixup is not None, joins_last=joins_last)
         self._afar = ahead.pieces(photos.files)
         self._pool = Pool(
             photos,
@@ -140,7 +142,9 @@ class Batches:
         self._pool.close()
 
     def _count(self, n: int) -> int:
-        return n // self.batch_size if self.drop_last else math.ceil(n / self.batch_size)
+        if self.drop_last:
+            return n // self.batch_size
+        return self._steps.count(n, self.batch_size)
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
         n = len(self.photos)

@@ -61,6 +61,30 @@ def lock(folder: Path, purpose: str, *, patience: float = 10.0) -> Iterator[None
 
 
 @contextmanager
+def in_turn(folder: Path, purpose: str, *, patience: float = 60.0) -> Iterator[None]:
+    """Holds a folder for the moment of a choice in it; who comes meanwhile waits for its turn.
+
+    Nothing is swept: others may be making folders in it, which need no turn.
+
+    Args:
+        folder: Made if missing.
+        purpose: As for `lock`.
+        patience: Seconds to wait.
+
+    Raises:
+        BusyError: `env.busy`, when patience is over.
+    """
+    make_dir(folder)
+    path = folder / LOCK
+    with _acquire(path, time.monotonic() + patience, waits=True) as file:
+        try:
+            _sign(file, path, purpose)
+            yield
+        finally:
+            discard(path)
+
+
+@contextmanager
 def locked_dir(names: Iterable[Path], purpose: str) -> Iterator[Path]:
     """Makes a folder under the first free name and holds it as `lock` does.
 
@@ -130,7 +154,8 @@ def require_free(folder: Path) -> None:
             pass
 
 
-def _acquire(path: Path, deadline: float) -> IO[bytes]:
+def _acquire(path: Path, deadline: float, *, waits: bool = False) -> IO[bytes]:
+    """Until the deadline it waits for what a dead holder left, with `waits` for a living one."""
     while True:
         with explained(path):
             file, state = _try_lock(path)
@@ -138,7 +163,8 @@ def _acquire(path: Path, deadline: float) -> IO[bytes]:
             return file
         file.close()
         holder = _read_holder(path)
-        if state == "busy" and not (_has_left(holder) and time.monotonic() < deadline):
+        hopeful = (waits or _has_left(holder)) and time.monotonic() < deadline
+        if state == "busy" and not hopeful:
             raise _busy(path, holder)
         time.sleep(0.05)
 

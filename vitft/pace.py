@@ -50,6 +50,17 @@ def precision(device: torch.device, wanted: str = "auto") -> torch.dtype:
     return torch.bfloat16 if wanted == "bfloat16" else torch.float32
 
 
+def as_measured(device: torch.device, precision_then: str) -> torch.dtype:
+    """What a product computes in: what it was measured in, or float32 where that is emulated here.
+
+    Args:
+        device: Where it runs now.
+        precision_then: `float32`, `bfloat16`, or `auto` where its Card does not say.
+    """
+    able = precision_then != "bfloat16" or has_bfloat16(device)
+    return precision(device, precision_then if able else "float32")
+
+
 def has_bfloat16(device: torch.device) -> bool:
     """Whether the hardware multiplies bfloat16, rather than emulating it."""
     if device.type == "cuda":

@@ -16,6 +16,7 @@ import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -60,6 +61,9 @@ class Predictor:
         self.net: nn.Module = net.to(self.device)
         self.decode: DecodeSpec = product.decode_of(self.card)
         self.transform: TransformSpec = product.transform_of(self.card)
+        self._computing = pace.as_measured(self.device, self.card.precision)
+        half = self._computing is torch.bfloat16
+        self._head_apart = half and self.card.head_precision == "float32"
         self._pixels = pixels(self.transform)
         self._foreign = _foreign(path, self.net)
         self._packed: Packed = {}  # the weights do not change any more
@@ -97,7 +101,7 @@ class Predictor:
     def features(self, picture: Image.Image) -> NDArray[np.float32]:
         """What the head reads of one picture, [D], as features are computed for the cache."""
         x = normalise(self._pixels(picture).unsqueeze(0).to(self.device), self.transform)
-        with pace.in_precision(pace.precision(self.device), self.device):
+        with pace.in_precision(self._computing, self.device):
             rows = self._fixed(backbone_of(self.net), x)
         return np.asarray(rows[0].cpu().numpy())
 
@@ -124,7 +128,7 @@ class Predictor:
     def _probabilities(self, pictures: Tensor) -> list[tuple[NDArray[np.float64], bool | None]]:
         """Uint8 [n, 3, S, S] -> n times ([C], foreign), in the fixed batch."""
         x = normalise(pictures.to(self.device), self.transform)
-        with pace.in_precision(pace.precision(self.device), self.device):
+        with pace.in_precision(self._computing, self.device):
             rows, logits = self._single(x) if len(x) == 1 else self._batch(x, self.net)
         foreign: list[bool | None] = [None] * len(x)
         if self._foreign is not None and rows is not None:
@@ -134,10 +138,16 @@ class Predictor:
 
     def _batch(self, x: Tensor, net: nn.Module) -> tuple[Tensor | None, Tensor]:
         """Features [n, D] where they are needed, and logits [n, C], in the fixed shape."""
-        if self._foreign is None:
+        if self._foreign is None and not self._head_apart:
             return None, self._fixed(net, x)
         rows = self._fixed(backbone_of(net), x)
-        return rows, self._fixed(classifier(net), rows)
+        return rows, self._head(rows, net)
+
+    def _head(self, rows: Tensor, net: nn.Module) -> Tensor:
+        """Features [n, D] -> logits [n, C], in the head's own precision."""
+        apart = torch.autocast(self.device.type, enabled=False)
+        with apart if self._head_apart else nullcontext():
+            return self._fixed(classifier(net), rows)
 
     def _fixed(self, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         return in_fixed_shape(forward, x, self._packed).float()
@@ -173,7 +183,7 @@ class Predictor:
         """[1, 3, S, S] through the backbone as it is, and through the head in the fixed shape."""
         with fast_linear(x.device, heads=True, packed=self._packed):
             rows = backbone_of(net)(x).float()
-        return rows, self._fixed(classifier(net), rows)
+        return rows, self._head(rows, net)
 
 
 def _foreign(path: Path, net: nn.Module) -> Foreign | None:

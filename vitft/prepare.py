@@ -6,14 +6,14 @@ All that can be wrong is found here, before time is spent, and said at once wher
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import nn
 
-from vitft import __version__, afar, data, model, offline, pace
+from vitft import __version__, afar, conflicts, data, model, offline, pace, product
 from vitft.console import say, warn
 from vitft.errors import DataError, MachineError, RecipeError
 from vitft.evaluate import fixed_batch
@@ -115,13 +115,19 @@ class Prepared:
             cutmix=spec.cutmix if train else 0.0,
             classes=len(self.index.classes),
             balanced=train and spec.sampling == "balanced",
+            joins_last=train and _norms_in_training(self.net) > 0,
             ranks=self.ranks if train else Ranks(here=self.ranks.here),
         )
 
     @property
+    def computing(self) -> torch.dtype:
+        """What a model is measured in, and its product will predict in: float32 or bfloat16."""
+        return pace.precision(self.device, self.recipe.head.precision)
+
+    @property
     def half(self) -> bool:
-        """Whether a whole model is asked in bfloat16: on CUDA that computes in it."""
-        return pace.precision(self.device) is torch.bfloat16
+        """Whether that is bfloat16."""
+        return self.computing is torch.bfloat16
 
     @property
     def test_split(self) -> str:
@@ -164,7 +170,7 @@ def _look_afar(recipe: Recipe, ranks: Ranks) -> None:
 
 def _settled(recipe: Recipe, fallback: bool) -> tuple[offline.Settled, data.Index]:
     settled = offline.settle(recipe, fallback=fallback)
-    for text in settled.warnings:
+    for text in (*settled.warnings, *conflicts.idle(settled.recipe)):
         warn(text)
     for spec in model.sources(settled.recipe.model):
         model.locate(spec)  # a missing file is said before photographs are read
@@ -192,11 +198,13 @@ def _build(
         decode=data.decode_spec(recipe.data),
         plain_transform=plain(built.input, kind, recipe.data.resize),
         train_transform=augmented(built.input, recipe.train, kind, recipe.data.resize),
-        warnings=settled.warnings + tuple(index.ledger.warnings),
+        warnings=(*settled.warnings, *conflicts.idle(recipe), *index.ledger.warnings),
         ranks=ranks,
     )
     _check_trainable(prepared)
     _check_ranks(prepared)
+    if recipe.export.as_timm:  # said now rather than after the training
+        product.timm_name(recipe.model.name, cast(Any, built.net)._model_args)
     return prepared
 
 
@@ -262,23 +270,23 @@ def _check_trainable(prepared: Prepared) -> None:
 
     Raises:
         RecipeError: `train.batch_norm`: batches of one through batch normalisation that is trained.
+            A last one alone is none: it belongs to the batch before (`Batches`).
     """
     size = batch_size(prepared.recipe.train, prepared.device)
     count = len(prepared.index.rows("train"))
     norms = max((_trained_norms(prepared, k) for k in _fine_tunings(prepared.recipe)), default=0)
-    if not norms or (size > 1 and count % size != 1):
+    if norms and size > 1 and count > 1 and count % size == 1:
+        say(
+            f"the last batch of an epoch has {size + 1} photographs, as batch normalisation makes "
+            f"nothing of the last of {count:,} alone"
+        )
+    if not norms or (size > 1 and count > 1):
         return
     text = f"batch size {size} with {norms} batch-normalisation layers that are trained"
     fix = "set train.batch_size to 2 or more"
     if size > 1:
-        text += (
-            f" leaves the last of {count:,} photographs a batch of its own, normalised by itself"
-        )
-        others = (*range(size - 1, 1, -1), *range(size + 1, size + count + 2))
-        other = next((k for k in others if count % k != 1), None)
-        fix = (
-            f"set train.batch_size: {other}" if other else "give it more photographs to learn from"
-        )
+        text = f"one photograph to learn from, with {norms} batch-normalisation layers to train"
+        fix = "give it more photographs to learn from"
     place = prepared.recipe.place("train.batch_size")
     raise RecipeError.of("train.batch_norm", place, text, fix)
 
@@ -299,10 +307,15 @@ def _trained_norms(prepared: Prepared, blocks: int | None) -> int:
     """
     if prepared.recipe.train.tune != "all":
         return 0
-    modes = [(module, module.training) for module in prepared.net.modules()]
     with chosen(prepared, blocks):
-        set_train_mode(prepared.net)
-        found = len(batch_norms(prepared.net))
+        return _norms_in_training(prepared.net)
+
+
+def _norms_in_training(net: nn.Module) -> int:
+    """How many batch normalisations train mode puts there, as parameters are chosen now."""
+    modes = [(module, module.training) for module in net.modules()]
+    set_train_mode(net)
+    found = len(batch_norms(net))
     for module, mode in modes:
         module.training = mode
     return found
@@ -348,7 +361,7 @@ def _check_ranks(prepared: Prepared) -> None:
         fix = "start one process, or take a model without batch normalisation"
         raise RecipeError.of("train.ranks", recipe.place("model.name"), text, fix)
     last = len(prepared.index.rows("train")) % size
-    if norms and last and any(not len(part) for part in shares(last, ranks.world, pairs=mixes)):
+    if norms and last > 1 and any(not len(part) for part in shares(last, ranks.world, pairs=mixes)):
         text = f"the last of an epoch's batches leaves one of {ranks.world} processes with none of "
         text += f"its {last} photographs, and joined batch normalisation needs some from each"
         fix = f"take another train.batch_size, a multiple of {unit}, or fewer processes"

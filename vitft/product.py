@@ -87,12 +87,17 @@ def timm_twin(card: Card) -> str:
     Raises:
         RecipeError: `export.as_timm`: the model uses what timm's class has not.
     """
-    ours = ONLY_OURS & card.options.keys()
-    twin = TWINS.get(card.architecture)
-    if not card.architecture.startswith("vitflower_"):
-        return card.architecture
+    return timm_name(card.architecture, card.options)
+
+
+def timm_name(architecture: str, options: Mapping[str, Any]) -> str:
+    """As `timm_twin`, of a name and what it is built with."""
+    ours = sorted(ONLY_OURS & options.keys())
+    if not architecture.startswith("vitflower_"):
+        return architecture
+    twin = TWINS.get(architecture)
     if twin is None or ours:
-        text = f"{card.architecture} with {sorted(ours)} has no counterpart in timm"
+        text = f"{architecture}{' with ' * bool(ours)}{', '.join(ours)} has no counterpart in timm"
         raise RecipeError.of("export.as_timm", "export.as_timm", text, "leave it out")
     return twin
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import log
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 
@@ -214,6 +215,14 @@ def steps(page: Page) -> tuple[Link, ...]:
     return (*page.steps, *_suggestions(page))
 
 
+def _remedy(weak: str, counts: Mapping[str, Mapping[str, int]]) -> str:
+    """More photographs help a class that has few; one that has most is confused for a reason."""
+    have = {name: count.get("train", 0) for name, count in counts.items()}
+    if have.get(weak, 0) > median(have.values() or [0]):
+        return f"Look at the mistakes among {weak}"
+    return f"Add photographs of {weak}"
+
+
 def _suggestions(page: Page) -> Iterator[Link]:
     s, ledger = page.scores, page.ledger
     confusions = sections.confusions(s)
@@ -228,9 +237,11 @@ def _suggestions(page: Page) -> Iterator[Link]:
         # By the upper end: a class that is surely found seldom, not one with three photographs.
         weak = min((c for c in s.per_class if c.support), key=lambda c: c.recall_interval.high)
         low, high = weak.recall_interval.low, weak.recall_interval.high
+        found = (
+            f"only {percent(weak.recall)} of them are found ({percent(low)} to {percent(high)}, "
+        )
         yield Link(
-            f"Add photographs of {weak.name}: only {percent(weak.recall)} of them are found "
-            f"({percent(low)} to {percent(high)}, measured on {weak.support:,}).",
+            f"{_remedy(weak.name, ledger.counts)}: {found}measured on {weak.support:,}).",
             "#per-class",
         )
     if s.n < 100:

@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -122,15 +122,19 @@ def run(
 @contextmanager
 def _owned(p: Prepared, base: Path, resume: str | None) -> Iterator[tuple[Path, bool]]:
     """The run's folder, and whether it goes on there; locked, and its log open."""
-    goes_on, purpose = _unfinished(p, base, resume), f"vitft run {p.recipe.name}"
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    names = [base / stamp, *(base / f"{stamp}-{k}" for k in range(2, 100))]
+    _require_place(p, base)
+    purpose = f"vitft run {p.recipe.name}"
     with ExitStack() as held:
-        if goes_on is None:
-            folder = held.enter_context(io.locked_dir(names, purpose))
-        else:
-            held.enter_context(io.lock(goes_on, purpose))
-            folder = goes_on
+        # else two that look at once would both find nothing under way, and both start
+        with io.in_turn(base, purpose) if resume == "auto" else nullcontext():
+            goes_on = _unfinished(p, base, resume)
+            if goes_on is None:
+                stamp = time.strftime("%Y%m%d-%H%M%S")
+                names = [base / stamp, *(base / f"{stamp}-{k}" for k in range(2, 100))]
+                folder = held.enter_context(io.locked_dir(names, purpose))
+            else:
+                held.enter_context(io.lock(goes_on, purpose))
+                folder = goes_on
         console.setup(log_file=folder / "log.txt")
         held.callback(console.close_log)
         yield folder, goes_on is not None
@@ -153,7 +157,7 @@ def _run(
     scores = evaluate.score(answers, p.index.classes, found.applied)
     for line in summary.lines(scores, found.intervals, found.after or found.before):
         say(line)
-    _write_product(p, scores, found, folder)
+    _write_product(p, learned, scores, found, folder)
     seconds = time.monotonic() - started
     changed = snapshot.changed if snapshot else ()
     _write_numbers(p, learned, scores, found, folder, seconds, changed)
@@ -168,14 +172,18 @@ def _run(
 # -- the folder -----------------------------------------------------------------------------------
 
 
-def _unfinished(p: Prepared, base: Path, resume: str | None) -> Path | None:
-    """The folder that the run goes on in; None for a new one."""
+def _require_place(p: Prepared, base: Path) -> None:
+    """Refuses what would be written among the photographs, or not fit."""
     root = offline.owned(p.recipe.data.root)  # a CSV only names files, and owns no folder
     if root.is_dir() and io.lies_in(base, root):
         text = f"the run would be written below the data, {root}"
         fix = "start it in another folder, or set output"
         raise RecipeError.of("run.below_data", base, text, fix)
     keep.require_room(p, base)
+
+
+def _unfinished(p: Prepared, base: Path, resume: str | None) -> Path | None:
+    """The folder that the run goes on in; None for a new one."""
     if resume is not None and resume != "auto":
         return keep.named(Path(resume))
     if resume == "auto":
@@ -260,16 +268,18 @@ def predict_split(p: Prepared, learned: Learned, split: str) -> Predictions:
     return predictions(p, p.net, split)
 
 
-def _write_product(p: Prepared, scores: Scores, found: Findings, folder: Path) -> None:
+def _write_product(
+    p: Prepared, learned: Learned, scores: Scores, found: Findings, folder: Path
+) -> None:
     """The model folder, with what predict needs besides the weights."""
     tables = {} if found.foreign is None else found.foreign.tensors()
-    card = make_card(p, scores, found)
+    card = make_card(p, learned, scores, found)
     product.save(
         p.net, folder / "model", card, p.config, as_timm=p.recipe.export.as_timm, tables=tables
     )
 
 
-def make_card(p: Prepared, scores: Scores, found: Findings) -> Card:
+def make_card(p: Prepared, learned: Learned, scores: Scores, found: Findings) -> Card:
     """The product's self-description."""
     options = dict(cast(Any, p.net)._model_args)  # what timm's factory recorded for its exports
     options.pop("num_classes", None)
@@ -291,6 +301,8 @@ def make_card(p: Prepared, scores: Scores, found: Findings) -> Card:
         hashes={"data": prepare.data_hash(p.index), "weights": p.report.sha256},
         metrics={"split": p.test_split, **_headline(scores, found)},
         extras=extras,
+        precision="bfloat16" if p.half else "float32",
+        head_precision="float32" if learned.backbone_frozen else "auto",
     )
 
 

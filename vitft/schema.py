@@ -205,8 +205,9 @@ class HeadSpec(Section):
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
-        description="How a frozen backbone computes; `auto`: bfloat16 on CUDA that has it, float32 "
-        "elsewhere. On CPU bfloat16 is refused where it would be emulated.",
+        description="How a frozen backbone computes, and any model when it is measured and when it "
+        "predicts; `auto`: bfloat16 on CUDA that has it, float32 elsewhere. On CPU bfloat16 is "
+        "refused where it would be emulated.",
     )
 
 

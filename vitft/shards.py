@@ -113,7 +113,7 @@ def _listing(
 ) -> Listing:
     if names:
         entries = [_named(base, entry, names) for entry in entries]
-        classes = names
+        classes, numbers = names, False
     else:
         found = {e.label for e in entries if e.split in ("", "train")}
         numbers = all(label.isdecimal() for label in found)
@@ -122,6 +122,10 @@ def _listing(
         f"class {name!r} has no photograph"
         for name in sorted(set(classes) - {e.label for e in entries})
     )
+    if numbers:
+        warnings += (
+            f"classes are numbers; {NAMES} beside the shards, one name a line, names them",
+        )
     entries.sort(key=lambda e: e.path)
     total = len(entries) + ignored.total()
     return Listing(base, tuple(entries), classes, total, dict(ignored), warnings=warnings)

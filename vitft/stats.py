@@ -5,6 +5,8 @@ Every random draw comes from a seed that is passed in, so a report can be made a
 
 Which method where, and why:
     a share of images (accuracy, recall)    Wilson; right at 0 and 1 and for small n
+    a mean of such shares, one a class      of_mean: their intervals joined, which know that two
+                                            photographs, both right, may yet not always be
     a function of the confusion matrix      bootstrap_confusion: one multinomial draw per row
     any other number of a test set          bootstrap: images redrawn within their class
     two classifiers on the same images      difference: exact McNemar and a paired bootstrap
@@ -141,6 +143,26 @@ def wilson(k: int, n: int, level: float = LEVEL) -> Interval:
     return Interval(
         0.0 if k == 0 else max(0.0, middle - half), 1.0 if k == n else min(1.0, middle + half)
     )
+
+
+def of_mean(values: ArrayLike, each: Sequence[Interval]) -> Interval:
+    """The interval of the mean of independent numbers, from the interval of each.
+
+    Args:
+        values: [C], each within its interval.
+        each: C intervals of one level, which is the mean's, too.
+
+    Returns:
+        Interval; its ends are nan without numbers.
+
+    Source: MOVER, Zou and Donner 2008 (Statistics in Medicine 27:1693), for a sum of C terms.
+    """
+    v = np.asarray(values, dtype=np.float64)
+    if v.size == 0:
+        return Interval(float("nan"), float("nan"))
+    below = float(np.linalg.norm(v - [i.low for i in each])) / len(v)
+    above = float(np.linalg.norm([i.high for i in each] - v)) / len(v)
+    return Interval(float(v.mean()) - below, float(v.mean()) + above)
 
 
 def redraws(strata: ArrayLike, *, count: int, seed: int) -> Iterator[Ints]:

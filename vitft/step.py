@@ -144,14 +144,16 @@ class Stepper:
     def _tried(
         self, pending: list[Batch], count: int, *, alone: bool = False
     ) -> tuple[Tensor, Tensor] | None:
-        """As `_gradients`; None where memory ran out.
+        """As `_gradients`; None where memory ran out, be it a compiler that needed it.
 
         Once this has returned, the error is gone, and with it the activations that its traceback
         held; only then does emptying the cache free them.
         """
         try:
             return self._gradients(pending, count, alone=alone)
-        except torch.cuda.OutOfMemoryError:
+        except Exception as error:
+            if not _ran_out(error):
+                raise
             return None
 
     def _halve(self, pending: list[Batch]) -> None:
@@ -248,6 +250,13 @@ class Stepper:
             return nullcontext()
         eager: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
         return eager
+
+
+def _ran_out(error: BaseException | None) -> bool:
+    """Whether memory is what was missing; torch's compiler wraps what it met."""
+    while error is not None and not isinstance(error, torch.cuda.OutOfMemoryError):
+        error = getattr(error, "inner_exception", None) or error.__cause__
+    return error is not None
 
 
 def _largest(pending: list[Batch]) -> int:

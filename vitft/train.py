@@ -137,6 +137,7 @@ class Trainer:
         )
         self.unread: list[_Unread] = []
         self.saved, self.cost = time.monotonic(), 0.0  # of the newest checkpoint, seconds
+        self.kept = False  # whether there is a checkpoint to go on from
         self.queues = self.device.type == "cuda"  # reading a number there would stop the queue
 
     # -- the story ------------------------------------------------------------------------------
@@ -155,6 +156,7 @@ class Trainer:
         """
         if resume is not None:
             progress.restore(resume, self.state, self.stepper.moving, epochs=self.spec.epochs)
+            self.kept = True
         devices = _generator_devices(self.device)
         with torch.random.fork_rng(devices), fast_convolutions(self.device):
             for epoch in range(self.state.epoch, self.spec.epochs):
@@ -218,6 +220,7 @@ class Trainer:
         started = time.monotonic()
         if self.save:
             self.save(progress.snapshot(self.state, self.stepper.moving))
+            self.kept = True
         self.saved = time.monotonic()
         self.cost = self.saved - started
 
@@ -299,12 +302,13 @@ class Trainer:
         lr = self._rate()
         gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
         norm = float(nn.utils.get_total_norm(gradients)) if gradients else 0.0
+        kept = "the last checkpoint is finite" if self.kept else "nothing had been saved yet"
         error = DivergedError.of(
             "train.diverged",
             f"epoch {self.state.epoch + 1}, step {step}",
             f"{what} at learning rate {lr:.3g}, gradient norm {norm:.3g}; photographs of this "
             f"step: {files}",
-            "lower train.lr or set train.clip_grad: 1.0; the last checkpoint is finite",
+            f"lower train.lr or set train.clip_grad: 1.0; {kept}",
         )
         return self.ranks.voiced(error)
 

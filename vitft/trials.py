@@ -15,7 +15,7 @@ from math import sqrt
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from vitft.stats import LEVEL, Interval, holm, mcnemar, p_text
+from vitft.stats import LEVEL, Interval, holm, mcnemar, p_text, wilson
 
 FEW = 25  # photographs that differ, from which their mean is near enough to normal
 
@@ -68,8 +68,10 @@ def mean(values: ArrayLike, level: float = LEVEL) -> Mean:
         parts.append((float(x.mean(axis=1).var(ddof=1)) / seeds, seeds - 1))
     total = sum(v for v, _ in parts)
     centre = float(x.mean())
-    if total == 0.0:
-        return Mean(centre, Interval(centre, centre), float(centre == 0.0), seeds, photographs)
+    if total == 0.0:  # all alike, as a next photograph need not be
+        other = wilson(0, photographs, level).high
+        near = Interval(centre - other, centre + other)
+        return Mean(centre, near, float(centre == 0.0), seeds, photographs)
     freedom = total**2 / sum(v**2 / f for v, f in parts)
     half = float(sp.t.ppf(0.5 + level / 2, freedom)) * sqrt(total)
     p = 2 * float(sp.t.sf(abs(centre) / sqrt(total), freedom))
@@ -95,6 +97,7 @@ class Contrast:
         d = self.difference
         better, worse = (self.b, self.a) if d.estimate >= 0 else (self.a, self.b)
         i = d.interval if d.estimate >= 0 else Interval(-d.interval.high, -d.interval.low)
+        i = Interval(max(-1.0, i.low), min(1.0, i.high))  # of two seeds Student's t knows no end
         points = f"{100 * abs(d.estimate):.1f} points {i.percent()}"
         of = f"{d.seeds} seed{'s' * (d.seeds > 1)} and {d.photographs:,} photographs"
         if abs(d.estimate) < 5e-4:

@@ -103,12 +103,13 @@ def _photographs(root: Path, rows: Sequence[Row]) -> Check:
 def _weights(spec: recipe.Recipe, was: str) -> Check:
     if not was:
         return Check("weights", "random from the seed, no file to compare", True)
+    source = next(iter(model.sources(spec.model)), spec.model)  # of a hybrid perhaps the CNN's
     try:
-        now = io.sha256_file(model.locate(spec.model))
+        now = io.sha256_file(model.locate(source))
     except VitftError as e:
-        return Check("weights", f"{spec.model.weights}: {e.faults[0].text}", False)
+        return Check("weights", f"{source.weights}: {e.faults[0].text}", False)
     same = now == was
-    text = f"{spec.model.weights} has sha256 {now[:12]}" + ("" if same else f", it was {was[:12]}")
+    text = f"{source.weights} has sha256 {now[:12]}" + ("" if same else f", it was {was[:12]}")
     return Check("weights", text, same)
 
 

@@ -216,10 +216,16 @@ class Pool:
 
 
 class Steps:
-    """Batches of keys for torch's DataLoader, which keeps it while the plan changes."""
+    """Batches of keys for torch's DataLoader, which keeps it while the plan changes.
 
-    def __init__(self, ranks: Ranks, *, pairs: bool) -> None:
-        self._ranks, self._pairs = ranks, pairs
+    Args:
+        ranks: Each gets its share of a batch.
+        pairs: Shares are of pairs.
+        joins_last: A last photograph that would be a batch of its own belongs to the one before.
+    """
+
+    def __init__(self, ranks: Ranks, *, pairs: bool, joins_last: bool = False) -> None:
+        self._ranks, self._pairs, self._joins_last = ranks, pairs, joins_last
         self._plan: tuple[int, NDArray[np.int64], int, range] = (
             0,
             np.zeros(0, np.int64),
@@ -233,6 +239,13 @@ class Steps:
         self._plan = epoch, order, size, steps
         self._again = times_before(order)
 
+    def count(self, rows: int, size: int) -> int:
+        """Batches of a whole epoch of so many rows."""
+        return -(-rows // size) - self._joined(rows, size)
+
+    def _joined(self, rows: int, size: int) -> int:
+        return int(self._joins_last and rows > size > 1 and rows % size == 1)
+
     def skip(self, count: int) -> None:
         """Leaves out the first steps of the plan."""
         epoch, order, size, steps = self._plan
@@ -243,8 +256,10 @@ class Steps:
 
     def __iter__(self) -> Iterator[list[Key]]:
         epoch, order, size, steps = self._plan
+        last = self.count(len(order), size) - 1
         for step in steps:
-            batch = np.arange(step * size, min((step + 1) * size, len(order)))
+            end = min((step + 1) * size, len(order)) if step < last else len(order)
+            batch = np.arange(step * size, end)
             mine = batch[self._ranks.share(len(batch), pairs=self._pairs)]
             views = epoch + AGAIN * self._again[mine]  # drawn twice in an epoch: two views
             yield [(int(view), int(row)) for view, row in zip(views, order[mine], strict=True)]

@@ -16,7 +16,7 @@ from vitft.gallery import Answers, Source, shrink, worst
 from vitft.learn import Learned
 from vitft.pages import Photo, percent
 from vitft.prepare import Prepared, environment
-from vitft.recipe import TrainSpec
+from vitft.recipe import ModelSpec, TrainSpec
 from vitft.report import Page
 
 SMALL = 64  # pixels of a neighbour
@@ -50,7 +50,7 @@ def page(
     answers = _answers(p, predictions, found)
     return Page(
         title=spec.name,
-        subtitle=f"{spec.model.name} · weights {_weights(spec.model.weights)} · mode {spec.mode}",
+        subtitle=f"{_network(spec.model)} · mode {spec.mode}",
         classes=p.index.classes,
         scores=scores,
         answers=answers,
@@ -113,6 +113,15 @@ def _source(p: Prepared, found: Findings, answers: Answers) -> Source:
         ),
         near=lambda row: _nearest(p, found, row, answers),
     )
+
+
+def _network(spec: ModelSpec) -> str:
+    """The model and its weights; of a hybrid the CNN's, too."""
+    said = f"{spec.name} · weights {_weights(spec.weights)}"
+    if spec.embed is None:
+        return said
+    held = f" with weights {_weights(spec.embed.weights)}" * (spec.embed.weights != "none")
+    return f"{said} · on {spec.embed.backbone}{held}"
 
 
 def _weights(name: str) -> str:

@@ -8,10 +8,31 @@ compared before anything is timed. Timm's way is what its inference script docum
 `create_dataset`, `create_loader` with worker processes, the model under inference mode. The
 pipeline reads files itself, in batches. All get the same number of threads and take turns; figures
 are medians of the rounds.
-Goal: 1.2 times the better of the others, for one image (latency) and for a folder (throughput).
-One image is mostly products of matrices, which every way hands to a library. Where oneDNN's were
-faster than MKL's (another AMD processor, torch 2.15, commit eaa969c) vitft was 1.46 times as fast
-as the better and 1.71 for a folder; where both run at the processor's limit little can be gained.
+From the command line, one photograph is what a person types, each time in a fresh process: vitft,
+timm's `inference.py` (`--timm` names a checkout of its repository) and a pipeline.
+Goal: 1.2 times the better of the others, for one image (latency), for a folder (throughput) and
+for the command.
+
+One image is mostly products of matrices, which every way hands to a library at the processor's
+limit. Where oneDNN's were faster than MKL's (another AMD processor, torch 2.15, commit eaa969c)
+vitft was 1.46 times as fast as the better and 1.71 for a folder.
+
+Tried for the network alone, two Zen 4 cores, torch 2.14, ms of the quietest of three runs
+(medians of 25, by turns; timm's 79.1):
+
+    as it was: oneDNN lays the weights out in every call   79.7
+    weights kept in oneDNN's layout, and the next three    66.4  kept alone: it changes no bit
+    the residual added in the product (binary)             75.7  dropped: 0.5 ms
+    no TorchFunctionMode (else 3 ms of 80)                 76.2  dropped: a second way to each layer
+    LayerScale folded into proj and fc2                    79.3  dropped: noise, and other bits
+    `_linear_pointwise`, weights in its layout             65.6  dropped: 0.8 ms, and other bits
+    attention by plain products: math, unfused       83.8, 79.8  dropped: no gain
+    attention of contiguous q, k, v                        76.8  dropped: 75.7 without
+    one thread: padded to 16 pictures                     1,885
+    one thread: alone, by MKL                               142  dropped: other bits
+    one thread: alone, oneDNN's convolution directly        147  kept: the bits of the 16
+
+A folder gains less by the kept layout: 64 photographs 4.91 s against 5.15 (medians of 6, by turns).
 """
 
 import argparse
