@@ -49,7 +49,8 @@ def finish(processes: list[Process]) -> Path:
 def assert_one_voice(processes: list[Process]) -> None:
     said = [line for p in processes[1:] for line in p.said().splitlines()]
     assert [line for line in said if not line.startswith("update ")] == []
-    assert all(p.out.read_text() == "" for p in processes[1:])
+    told = [line for p in processes[1:] for line in p.out.read_text().splitlines()]
+    assert [line for line in told if not line.startswith("[Gloo] ")] == []  # torch 2.10's own word
 
 
 def assert_close(one: Path, other: Path) -> None:
