@@ -28,6 +28,11 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+def dropout(rate: float) -> nn.Module:
+    """Dropout, or nothing at all: what drops nothing would still be called for every picture."""
+    return nn.Dropout(rate) if rate > 0 else nn.Identity()
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with one projection for queries, keys and values."""
 
@@ -49,15 +54,15 @@ class Attention(nn.Module):
         self.scale = self.head_dim**-0.5
         self.fused_attn = bool(use_fused_attn())
         self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias, **factory)
-        self.attn_drop = nn.Dropout(attn_drop)
+        self.attn_drop = dropout(attn_drop)
         self.proj = nn.Linear(width, width, **factory)
-        self.proj_drop = nn.Dropout(proj_drop)
+        self.proj_drop = dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
         q, k, v = self._heads(self.qkv(x), 3)  # each [B, H, T, K]
         if self.fused_attn:
-            drop = self.attn_drop.p if self.training else 0.0
+            drop = getattr(self.attn_drop, "p", 0.0) if self.training else 0.0
             x = F.scaled_dot_product_attention(q, k, v, dropout_p=drop)
         else:
             x = self.attn_drop(self._weights(q, k)) @ v
@@ -128,9 +133,9 @@ class Mlp(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(width, hidden, **factory)
         self.act = act()
-        self.drop1 = nn.Dropout(drop)
+        self.drop1 = dropout(drop)
         self.fc2 = nn.Linear(hidden, width, **factory)
-        self.drop2 = nn.Dropout(drop)
+        self.drop2 = dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""

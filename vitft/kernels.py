@@ -11,7 +11,6 @@ what it gives.
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
 
-Convolve = Callable[[Tensor, Tensor], Tensor]  # a picture and its kernel
-Packed = dict[tuple[int, ...], tuple[Tensor, Tensor]]  # place -> a kernel, and it packed
+Convolve = Callable[[Tensor, Tensor], Tensor]  # a picture and a layer's weight [E, D]
+Packed = dict[tuple[int, ...], tuple[Tensor, Tensor]]  # place -> a weight, and its kernel packed
 WHERE = [0, 0], [1, 1], [1, 1]  # padding, stride and dilation of a product
 ROWS = 8  # of one token that are computed together at least, so that none depends on their number
 
@@ -146,7 +145,11 @@ def _as_convolution(
 ) -> Tensor:
     """`F.linear`: [B, ..., D] -> [B, ..., E]."""
     direct = None if torch.is_grad_enabled() else _onednn("none", bias, packed)
-    return _over_pictures(direct or partial(F.conv2d, bias=bias), x, weight)
+
+    def convolve(picture: Tensor, weight: Tensor) -> Tensor:
+        return F.conv2d(picture, _kernel(weight), bias)
+
+    return _over_pictures(direct or convolve, x, weight)
 
 
 def _onednn(then: str, bias: Tensor | None, packed: Packed | None) -> Convolve | None:
@@ -159,21 +162,25 @@ def _onednn(then: str, bias: Tensor | None, packed: Packed | None) -> Convolve |
     if operator is None:
         return None
 
-    def convolve(picture: Tensor, kernel: Tensor) -> Tensor:
-        if packed is not None:
-            kernel = _packed(picture, kernel, packed)
+    def convolve(picture: Tensor, weight: Tensor) -> Tensor:
+        kernel = _kernel(weight) if packed is None else _packed(picture, weight, packed)
         y: Tensor = operator(picture, kernel, bias, *WHERE, 1, then, [], "none")
         return y
 
     return convolve
 
 
-def _packed(picture: Tensor, kernel: Tensor, packed: Packed) -> Tensor:
+def _kernel(weight: Tensor) -> Tensor:
+    """[E, D] -> [E, D, 1, 1]."""
+    return weight[:, :, None, None]
+
+
+def _packed(picture: Tensor, weight: Tensor, packed: Packed) -> Tensor:
     """The kernel in oneDNN's layout, made when first met; the pair keeps its address taken."""
-    key = (kernel.data_ptr(), *kernel.shape, *kernel.stride())
+    key = (weight.data_ptr(), *weight.shape, *weight.stride())
     if key not in packed:
         pack = torch.ops.mkldnn._reorder_convolution_weight
-        packed[key] = (kernel, pack(kernel, *WHERE, 1, list(picture.shape)))
+        packed[key] = (weight, pack(_kernel(weight), *WHERE, 1, list(picture.shape)))
     return packed[key][1]
 
 
@@ -188,5 +195,5 @@ def _over_pictures(convolve: Convolve, x: Tensor, weight: Tensor) -> Tensor:
         beside = torch.cat([x, x[:1].expand(ROWS - batch, *x.shape[1:])])
         return _over_pictures(convolve, beside, weight)[:batch]
     picture = x.reshape(batch, -1, 1, width).permute(0, 3, 1, 2)  # [B, D, T, 1], channels last
-    y = convolve(picture, weight[:, :, None, None])  # [B, E, T, 1]
+    y = convolve(picture, weight)  # [B, E, T, 1]
     return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], len(weight))

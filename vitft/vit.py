@@ -29,7 +29,7 @@ from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from vitft import positions
-from vitft.blocks import ACTIVATIONS, Block
+from vitft.blocks import ACTIVATIONS, Block, dropout
 from vitft.errors import RecipeError
 from vitft.hosted import POOLS, Hosted, choose
 from vitft.hybrid import HybridEmbed
@@ -141,7 +141,7 @@ class VisionTransformer(Hosted):
         sizes = (img_size, patch_size, in_chans, embed_dim)
         self.patch_embed = _patch_embed(embed, embed_stage, *sizes, **cut)
         self._add_positions(factory)
-        self.pos_drop = nn.Dropout(pos_drop_rate)
+        self.pos_drop = dropout(pos_drop_rate)
         self.patch_drop = _patch_drop(patch_drop_rate, self.num_prefix_tokens)
         norm = partial(_norm, embed_dim, norm_eps, factory)
         self.norm_pre = norm(pre_norm)
