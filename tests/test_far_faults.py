@@ -20,6 +20,7 @@ from vitft import (
     ahead,
     cache,
     check,
+    cli,
     columns,
     containers,
     contents,
@@ -443,6 +444,15 @@ def test_addresses_that_would_end_badly_are_refused(root, words):
         assert id == "data.address"
         assert words in text
         assert "hidden" not in str(caught.value) or "names .b" in text
+
+
+def test_braces_that_a_shell_took_apart_are_not_the_last_file_alone(capsys):
+    roots = [f"data.root=https://host/{k}.tar" for k in range(3)]
+    assert cli.door(lambda argv: 0, ["recipe.yaml", *roots]) == 2
+    said = capsys.readouterr().err
+    assert "3 addresses, https://host/0.tar the first: a shell expands braces" in said
+    assert "fix: put the address in quotes" in said
+    assert cli.door(lambda argv: 0, ["recipe.yaml", roots[0]]) == 0
 
 
 # -- tables ---------------------------------------------------------------------------------------
