@@ -7,6 +7,7 @@ import signal
 import time
 from contextlib import suppress
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ from vitft import (
     offline,
     prepare,
     recipe,
+    shards,
     threads,
     wire,
 )
@@ -216,6 +218,20 @@ def test_a_slow_line_makes_no_photograph_bad(server, monkeypatch):
     assert [content.fault for content in found] == [None] * 3
 
 
+def test_a_scan_that_the_network_ended_is_not_all_for_nothing(server):
+    root = offline.data_root(server.url(SHARDS))
+    shards.read_shards(root, "wds", split="auto")
+    shutil.rmtree(afar.pieces_dir())
+    server.answers["/shard-0002.tar"] = 503
+    with pytest.raises(MachineError, match="503"):
+        scan(root)
+    shutil.rmtree(afar.pieces_dir())
+    server.answers.clear()
+    server.asked.clear()
+    assert len(scan(root).paths) == 60
+    assert {path for path, _ in fetched(server)} == {"/shard-0002.tar"}
+
+
 def test_what_waits_unhurried_is_timed_afterwards():
     def work(seconds: tuple[float, float]) -> str:
         with threads.unhurried():
@@ -322,10 +338,12 @@ def test_a_lock_whose_holder_is_gone_holds_nobody_for_ever(monkeypatch):
     """As on a file system without locks."""
     monkeypatch.setattr(afar, "PATIENCE", 0.1)
     monkeypatch.setattr("vitft.disk.fcntl", None)
-    for guard in range(256):
-        io.write_bytes(afar._home() / "locks" / f"{guard:02x}" / io.LOCK, b"{}")
+    guard = sha256(b"a-0").hexdigest()[:2]
+    io.write_bytes(afar._home() / "locks" / guard / io.LOCK, b"{}")
+    began = time.monotonic()
     with afar.keep("a-0", 3, lambda: [b"abc"]) as file:
         assert file.read(3) == b"abc"
+    assert time.monotonic() - began > 0.1  # it was this one's lock
 
 
 def test_what_a_killed_run_left_is_swept(monkeypatch):

@@ -84,14 +84,16 @@ def examine(
         One Content per path, in order.
     """
     memory = _Memory(spec, deep, root)
-    yield from timed_map(
-        lambda path: _examine(root, path, memory),
-        paths,
-        threads=_cores(),
-        seconds=seconds,
-        late=lambda path: _late(root, path, seconds),
-    )
-    memory.save()
+    try:
+        yield from timed_map(
+            lambda path: _examine(root, path, memory),
+            paths,
+            threads=_cores(),
+            seconds=seconds,
+            late=lambda path: _late(root, path, seconds),
+        )
+    finally:  # an end of the network after hours is no reason to forget them
+        memory.save()
 
 
 def _late(root: Path, path: str, seconds: float) -> Content:
@@ -162,13 +164,13 @@ class _Memory:
         return found
 
     def save(self) -> None:
-        if self.afar is not None and self.noted:
-            io.write_bytes(self.afar, _dump(self.hashes))
-        if self.met.keys() <= self.known.keys():
-            return
-        known = {**load_verdicts(self.file), **self.met}  # another scan may have written meanwhile
+        hashes, met = dict(self.hashes), dict(self.met)  # a thread may be at its last file
         try:
-            io.write_bytes(self.file, dump_verdicts(known if len(known) <= KEPT else self.met))
+            if self.afar is not None and self.noted:
+                io.write_bytes(self.afar, _dump(hashes))
+            if not met.keys() <= self.known.keys():
+                known = {**load_verdicts(self.file), **met}  # another scan may have written
+                io.write_bytes(self.file, dump_verdicts(known if len(known) <= KEPT else met))
         except (VitftError, OSError) as error:  # a scan must not fail for want of a cache
             warn(f"the next scan will decode everything again: {error}")
 
