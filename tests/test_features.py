@@ -228,6 +228,24 @@ def test_X19_two_processes_fill_one_space_at_once(tmp_path):
     assert rows_of(tmp_path) == dict.fromkeys(range(90), True)
 
 
+def test_a_shard_that_another_process_merges_away_while_it_is_opened_is_whole(
+    tmp_path, monkeypatch
+):
+    """What was mapped stays; opening the file a second time would not find it."""
+    keys = [make_key(hashlib.sha256(str(i).encode()).hexdigest(), 0) for i in range(3)]
+    Space({}, "float32", tmp_path).put({k: np.full(5, i) for i, k in enumerate(keys)})
+    first = np.memmap
+
+    def gone(path, **options):
+        opened = first(path, **options)
+        path.unlink()
+        return opened
+
+    monkeypatch.setattr(np, "memmap", gone)
+    space = Space({}, "float32", tmp_path)
+    assert all((space.get(k) == i).all() for i, k in enumerate(keys))
+
+
 @pytest.mark.parametrize("kills", [6, pytest.param(200, marks=pytest.mark.nightly)])
 def test_a_killed_run_keeps_every_row_it_acknowledged(tmp_path, kills):
     rng = np.random.default_rng(7)

@@ -181,8 +181,7 @@ def _open(path: Path, dtype: np.dtype[Any]) -> Shard | None:
         return _damaged(path)
     packed = data[at : at + n * KEY].tobytes()
     keys = tuple(packed[i : i + KEY] for i in range(0, n * KEY, KEY))
-    offset = at + n * KEY
-    rows = np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(n, width))
+    rows = data[at + n * KEY :].view(dtype).reshape(n, width)  # of this map: the file may be gone
     return Shard(path, keys, rows)
 
 
