@@ -157,7 +157,7 @@ def test_the_split_is_by_the_names_of_the_shards(server, tmp_path):
 def test_an_epoch_has_every_photograph_once_and_fetches_no_piece_twice(server, small, monkeypatch):
     photos = photos_of(scan(offline.data_root(server.url(SHARDS))))
     shutil.rmtree(afar._home() / "pieces")
-    room = 6 * afar.PIECE  # a window, and what is fetched before it is wanted
+    room = 10 * afar.PIECE  # a window, what is fetched before it is wanted, and some to spare
     monkeypatch.setattr(afar, "ROOM", room)
     monkeypatch.setattr(ahead, "AHEAD", 2 * 4096)
     server.asked.clear()
@@ -169,7 +169,8 @@ def test_an_epoch_has_every_photograph_once_and_fetches_no_piece_twice(server, s
     whole = [s for s in spans if s[1] % afar.PIECE == 0 and (s[2] + 1) % afar.PIECE == 0]
     assert len(whole) == len(set(whole))
     kept = sum(f.stat().st_size for f in (afar._home() / "pieces").glob("*.bytes"))
-    assert 0 < kept <= room
+    at_once = ahead.CONNECTIONS + 1  # each may write when all have made room
+    assert 0 < kept <= room + at_once * (afar.PIECE + afar.TAIL)
 
 
 def test_an_epoch_is_entered_at_any_step(server, small):

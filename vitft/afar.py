@@ -352,7 +352,7 @@ def _kept_files() -> list[tuple[int, str, int]]:
 
 
 def _make_room(need: int) -> None:
-    """Lets go of what has been here longest."""
+    """Lets go of what has been here longest; whoever fetches beside this one may go past it."""
     kept = _kept_files()
     total = need + sum(size for _, _, size in kept)
     for _, name, size in kept:
