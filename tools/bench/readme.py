@@ -33,6 +33,7 @@ ORDER = (
     "loader",
 )
 LEADS = {  # script -> how the rows begin that README shows
+    "afar": ("batches from a server", "photographs from a server"),
     "accuracy": ("test accuracy",),
     "frozen_end_to_end": ("600 photographs to a saved head, cold: vitft",),
     "train_cpu": ("fine-tuning vitflower_s16",),
