@@ -17,7 +17,7 @@ from vitft.folders import SPLIT_FOLDERS
 
 MOST = 100_000  # files of one address
 LONGEST = 200  # bytes of a name; a disk has 255, and ours are longer by an ending
-KINDS = (".tar", ".parquet")
+KINDS = (".tar", ".parquet")  # files that are a data set on their own; the second is preferred
 OURS = ("classes.txt", "hashes.json", "arrived.json")  # what lies beside stand-ins
 OUR_ENDINGS = (".members.json", ".samples.json")
 SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
@@ -159,7 +159,7 @@ def _of_repository(root: str, repo: str, revision: str, folder: str) -> list[str
         text = f"{error}".partition("\n")[0] or type(error).__name__
         raise MachineError.of("env.unreachable", root, text, fix) from None
     within = [path for path in listed if path.startswith(f"{folder}/" if folder else "")]
-    kinds = ([p for p in within if p.endswith(kind)] for kind in (".parquet", ".tar"))
+    kinds = ([p for p in within if p.endswith(kind)] for kind in reversed(KINDS))
     paths = next((found for found in kinds if found), [])
     folders = sorted({str(PurePosixPath(path).parent) for path in paths})
     several = [name for name in folders if PurePosixPath(name).name not in SPLIT_FOLDERS]

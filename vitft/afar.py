@@ -24,7 +24,6 @@ from typing import IO, Any
 from urllib.parse import unquote, urlsplit
 
 from vitft import addresses, io, wire
-from vitft.addresses import is_far as is_far
 from vitft.errors import BusyError, DataError, Fault, MachineError
 from vitft.wire import Far
 
@@ -83,7 +82,7 @@ def arrive(root: str) -> tuple[Path, tuple[Far, ...]]:
     names = [str(path.relative_to(unquote(above))) for path in paths]
     _fetch_names(urls[0], above, folder)
     known = tuple(_stand_in(folder / name, far) for name, far in zip(names, files, strict=True))
-    for file in {*_stand_ins(folder)} - {folder / name for name in names}:
+    for file in {*stand_ins(folder)} - {folder / name for name in names}:
         io.remove(file)  # it was there when the hub was asked before
     if _arrived(folder) != names:
         io.write_json(folder / ARRIVED, names)
@@ -133,7 +132,8 @@ def _stand_in(file: Path, far: Far) -> Far:
     return far
 
 
-def _stand_ins(folder: Path) -> list[Path]:
+def stand_ins(folder: Path) -> list[Path]:
+    """The files that an address names, as they stand in a folder of it."""
     return [p for p in folder.rglob("*") if p.suffix.lower() in addresses.KINDS and p.is_file()]
 
 

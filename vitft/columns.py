@@ -216,7 +216,7 @@ def _footer(file: Path) -> Any:
 
 @cache
 def _metadata(file: Path, identity: str, process: int) -> Any:
-    import_pyarrow(file)
+    _pyarrow(file)
     import pyarrow.parquet as pq
 
     with _source(file) as source, _sound(file):
@@ -261,12 +261,8 @@ def _bad(file: Path, text: str) -> DataError:
 # -- Arrow ----------------------------------------------------------------------------------------
 
 
-def import_pyarrow(file: Path) -> Any:
-    """pyarrow, or what to install.
-
-    Raises:
-        MachineError: `env.extra`.
-    """
+def _pyarrow(file: Path) -> Any:
+    """pyarrow, or what to install."""
     try:
         import pyarrow as pa
     except ImportError:
@@ -284,7 +280,7 @@ def _table(file: Path) -> Any:
 @cache
 def _mapping(file: Path, size: int, changed: int, process: int) -> Any:
     """Of each process its own: what pyarrow holds is not for a fork."""
-    pa = import_pyarrow(file)
+    pa = _pyarrow(file)
     try:
         return pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
     except (pa.ArrowException, ValueError) as error:

@@ -12,7 +12,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from vitft import afar, ahead, containers, fetch, model
+from vitft import afar, ahead, columns, containers, fetch, model
+from vitft.addresses import is_far
 from vitft.console import say, track
 from vitft.errors import DataError, Fault, MachineError
 from vitft.recipe import Recipe
@@ -86,7 +87,7 @@ def data_root(root: str) -> Path:
         MachineError: `env.unreachable`.
         RecipeError, DataError: Of an address, as `afar.arrive`.
     """
-    if afar.is_far(root):
+    if is_far(root):
         return _arrived(root)
     if root == SAMPLE:
         return BUNDLED / "flowers"
@@ -100,8 +101,8 @@ def _arrived(root: str) -> Path:
     folder, files = afar.arrive(root)
     size = sum(far.size for far in files)
     say(f"{root}: {len(files):,} files, {size / 1e9:,.2f} GB, read where they lie")
-    tars = (p for p in folder.rglob("*") if p.suffix.lower() == ".tar" and p.is_file())
-    stand_ins = sorted(tars)  # a table says at its end what it holds
+    # a table says at its end what it holds
+    stand_ins = sorted(file for file in afar.stand_ins(folder) if not columns.holds(file))
 
     def look(file: Path) -> None:
         with suppress(DataError):  # said together with all others when they are listed
@@ -119,7 +120,7 @@ def base(root: str) -> Path:
     Raises:
         MachineError: As `data_root`.
     """
-    if afar.is_far(root) and is_here(root):
+    if is_far(root) and is_here(root):
         return afar.place(root)
     found = data_root(root)
     return found if found.is_dir() else found.parent
@@ -127,14 +128,14 @@ def base(root: str) -> Path:
 
 def owned(root: str) -> Path:
     """What `data.root` names, where that is known to be here: no network is touched."""
-    return base(root) if afar.is_far(root) else data_root(root)
+    return base(root) if is_far(root) else data_root(root)
 
 
 def is_here(root: str) -> bool:
     """Whether `data.root` can be read without a network."""
     if root == SAMPLE:
         return True
-    if afar.is_far(root):
+    if is_far(root):
         return afar.place(root).is_dir()
     place = fetch.cached(root) if root in fetch.DATASETS else Path(root)
     return place is not None and os.path.exists(place)  # noqa: PTH110  (False where not allowed)

@@ -13,7 +13,8 @@ import torch
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import nn
 
-from vitft import __version__, afar, conflicts, data, model, offline, pace, product
+from vitft import __version__, conflicts, data, model, offline, pace, product
+from vitft.addresses import is_far
 from vitft.console import say, warn
 from vitft.errors import DataError, MachineError, RecipeError
 from vitft.evaluate import fixed_batch
@@ -164,7 +165,7 @@ def prepare(recipe: Recipe, *, fallback: bool = True, ranks: Ranks = ALONE) -> P
 
 def _look_afar(recipe: Recipe, ranks: Ranks) -> None:
     """Each machine has stand-ins of its own for files on a server."""
-    if ranks.local == 0 and not ranks.first and afar.is_far(recipe.data.root):
+    if ranks.local == 0 and not ranks.first and is_far(recipe.data.root):
         offline.data_root(recipe.data.root)
 
 

@@ -21,15 +21,15 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vitft import afar, columns, containers, io
+from vitft.addresses import KINDS
 from vitft.errors import DataError, Fault
-from vitft.folders import EXTENSIONS, SPLIT_FOLDERS, Entry, Listing, check_root
+from vitft.folders import EXTENSIONS, SHARDS, SPLIT_FOLDERS, Entry, Listing, check_root
 
 NAMES = "classes.txt"  # one name a line, for shards whose labels are numbers
 MAX_LABEL = 65_536  # bytes of a .cls or .json
 JSON_KEYS = ("label", "cls")
 OTHERS = "folder, link or other special member of a tar"
 PARTS = "label or other part of a sample"
-SINGLE = {".tar": "wds", ".parquet": "hfds"}  # files that are a data set on their own
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,17 @@ def kind(root: Path) -> str:
     if afar.holds(root):
         return "hfds" if _ending(root, ".parquet") else "wds"
     with suppress(PermissionError):
-        if root.suffix.lower() in SINGLE and root.is_file():
-            return SINGLE[root.suffix.lower()]
+        if single := _single(root):
+            return single
         if (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
             return "hfds"
     return ""
+
+
+def _single(root: Path) -> str:
+    """The source of one file that is a data set on its own; empty where it is none."""
+    ending = root.suffix.lower()
+    return SHARDS[ending] if ending in KINDS and root.is_file() else ""
 
 
 def read_shards(root: Path, source: str, *, split: str, extensions: Sequence[str] = ()) -> Listing:
@@ -81,7 +87,7 @@ def read_shards(root: Path, source: str, *, split: str, extensions: Sequence[str
     if split == "tutorial":
         fix = "name a folder of photographs, or set data.split: stratified"
         raise DataError.of("data.no_split", root, "the tutorial splits a folder, not shards", fix)
-    if not root.is_dir() and not (SINGLE.get(root.suffix.lower()) == source and root.is_file()):
+    if not root.is_dir() and _single(root) != source:
         check_root(root)
     files = _files(root, source)
     by_name = split in ("auto", "folders")
