@@ -13,7 +13,7 @@ try:
     from vitft import vitflower as vitflower
     from vitft.vit import VisionTransformer as VisionTransformer
 finally:
-    if gc.get_freeze_count() == 0:  # what a host froze is not ours to thaw
+    if gc.get_freeze_count() < 1000:  # what a host froze is not ours; 375 are Python 3.12's own
         gc.freeze()
         gc.unfreeze()  # into the oldest generation, as if all had been looked at
     if _collects:
