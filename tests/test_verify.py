@@ -2,15 +2,18 @@
 
 import json
 import re
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import timm
 from safetensors.torch import save_file
 
 from vitft import io, recipe
 from vitft.errors import DataError, RecipeError
+from vitft.predict import Predictor
 from vitft.run import run
-from vitft.verify import _weights, main, verify
+from vitft.verify import _still, _weights, main, verify
 
 
 @pytest.fixture
@@ -135,3 +138,38 @@ def test_a_folder_that_is_no_run_is_refused(finished, tmp_path):
     assert e.value.faults[0].fix == f"did you mean {tmp_path / 'flowers/latest'}?"
     with pytest.raises(DataError, match=r"fix: name the folder of a finished run, such as runs/"):
         verify(tmp_path / "zzz")
+
+
+@pytest.mark.parametrize(("precision", "allowed"), [("bfloat16", 0.04), ("float32", 9e-6)])
+def test_rounding_of_what_was_measured_in_bfloat16_is_no_change(
+    finished, monkeypatch, precision, allowed
+):
+    """On a GPU it was computed by other kernels, or is now computed in float32."""
+    off = [0.0]
+
+    class Rounded(Predictor):
+        def __init__(self, path, device):
+            super().__init__(path, device)
+            self.card = replace(self.card, precision=precision)
+
+        def __call__(self, files):
+            for answer in super().__call__(files):
+                p = answer.probabilities.copy()
+                p[int(p.argmax())] -= off[0]
+                yield replace(answer, probabilities=p)
+
+    monkeypatch.setattr("vitft.verify.Predictor", Rounded)
+    for off[0], ok in ((allowed, True), (3 * allowed, False)):
+        check = named(finished)["predictions"]
+        assert check.ok is ok, check
+    told = "(0.05 allowed: it was measured in bfloat16)"
+    assert (told in check.text) == (precision == "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("said", "still"), [("red", True), ("blue", True), ("green", False), ("grey", False)]
+)
+def test_an_answer_that_rounding_decides_is_not_another_one(said, still):
+    now = np.array([0.47, 0.03, 0.50])
+    assert _still(said, now, ("blue", "green", "red"), 0.05) is still
+    assert _still("blue", now, ("blue", "green", "red"), 1e-5) is False
