@@ -516,18 +516,6 @@ def _lend():
         return time.perf_counter() - started
 
 
-@pytest.mark.gpu
-def test_cuda_gives_the_batches_of_the_cpu(files):
-    want = list(batches(photos(files), **MIXED).epoch(1))
-    for workers in (0, 2):
-        loaded = batches(photos(files), workers=workers, device=torch.device("cuda"), **MIXED)
-        for (x, y, rows), (x0, y0, rows0) in zip(loaded.epoch(1), want, strict=True):
-            assert (x.cpu() - x0).abs().max() <= 1e-6
-            assert torch.allclose(y.cpu(), y0)
-            assert torch.equal(rows.cpu(), rows0)
-        loaded.close()
-
-
 class Sent:
     """A tensor of which only its way to the device is known."""
 

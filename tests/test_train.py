@@ -545,23 +545,6 @@ def test_on_cuda_no_step_waits_for_the_device():
     assert more == many + 1  # one look in 25 steps whether the loss is finite
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_cuda_torch_itself_sees_no_step_that_waits():
-    device = torch.device("cuda")
-    rows = Rows()
-    rows.x, rows.y = rows.x.to(device), rows.y.to(device)
-    net = network().to(device)
-    t = trainer(net, rows, spec={"amp": "bf16", "compile": False})
-    batches = [(rows.x[:SIZE], rows.y[:SIZE], torch.arange(SIZE))]
-    t._update(batches, SIZE)  # the first one allocates
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for _ in range(3):
-            t._update(batches, SIZE)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": torch.float32}
 
 
