@@ -437,10 +437,11 @@ def start_head(head: nn.Linear, seed: int) -> None:
         head: Changed in place.
         seed: Of the draw; torch's own generator goes on undisturbed.
     """
-    with torch.random.fork_rng([]):
-        torch.manual_seed(seed)
-        nn.init.trunc_normal_(head.weight, std=START)
-        nn.init.zeros_(head.bias)
+    drawn = torch.empty(head.weight.shape)  # on the CPU, so that every device starts alike
+    nn.init.trunc_normal_(drawn, std=START, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        head.weight.copy_(drawn)
+        head.bias.zero_()
 
 
 def starts_wide(head: nn.Linear) -> bool:
