@@ -7,6 +7,7 @@ On a CPU what only a card has (streams, its memory, sync warnings) is left out o
 """
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -46,3 +47,11 @@ def gap(a: torch.Tensor, b: torch.Tensor) -> float:
     """Largest difference, as a share of the largest number of `b`."""
     a, b = a.detach().double().cpu(), b.detach().double().cpu()
     return float((a - b).abs().max() / b.abs().max().clamp_min(1e-12))
+
+
+def needs_a_compiler() -> None:
+    """Of C, for what torch compiles for a card; what it compiles for a CPU is tested elsewhere."""
+    if not CARD:
+        pytest.skip("what torch compiles for a CPU is tested elsewhere")
+    if not any(map(shutil.which, filter(None, (os.environ.get("CC"), "gcc", "clang", "cc")))):
+        pytest.skip("needs a C compiler: torch compiles nothing without")

@@ -13,7 +13,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from card import CARD, CPU, DEVICE, MARKS, gap
+from card import CARD, CPU, DEVICE, MARKS, gap, needs_a_compiler
 from conftest import TINY, paint
 from PIL import Image
 from rows import interrupted
@@ -164,8 +164,7 @@ def test_a_fine_tuning_learns(finished, how):
 @pytest.mark.parametrize("how", COMPILED)
 def test_a_compiled_fine_tuning_learns(finished, how):
     """42 photographs in eights: the last two of an epoch go without compiled code."""
-    if not CARD:
-        pytest.skip("what torch compiles for a CPU is tested elsewhere")
+    needs_a_compiler()
     result = finished("full", "train.epochs=4", *COMPILED[how])
     assert_whole(result, limit=1e-3)
     assert losses(result)[-1] < losses(result)[0], losses(result)
