@@ -8,6 +8,7 @@ import gc
 import math
 import time
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -15,7 +16,7 @@ from card import CARD, CPU, DEVICE, MARKS, busy, gap, needs_a_compiler, no_waiti
 from torch import nn
 
 import vitft  # noqa: F401
-from vitft import boundary, checkpoint, evaluate, features, loaders, model, pace, regime
+from vitft import boundary, checkpoint, evaluate, features, loaders, model, pace, probe, regime
 from vitft import learn as learn_room
 from vitft.errors import DivergedError, MachineError
 from vitft.inputs import permutation
@@ -135,6 +136,21 @@ def test_a_fresh_head_is_that_of_the_cpu():
     assert torch.equal(torch.rand(3, device=DEVICE), wanted)
     assert torch.equal(far.weight.cpu(), near.weight)
     assert not far.bias.any()
+
+
+@pytest.mark.parametrize("path", [probe.logistic_path, probe.ridge_path])
+def test_solved_heads_are_those_of_the_cpu(path):
+    rng = np.random.default_rng(2)
+    y = np.arange(300) % CLASSES
+    x = rng.normal(size=(300, 24)).astype(np.float32)
+    x[:, :CLASSES] += np.eye(CLASSES, dtype=np.float32)[y]
+    rows = x[:200], y[:200], x[200:], y[200:]
+    far, near = (path(*rows, classes=CLASSES, device=device) for device in (DEVICE, CPU))
+    pairs = zip(far.table, near.table, strict=True)
+    apart = max(abs(a["val_loss"] - b["val_loss"]) for a, b in pairs)
+    assert apart < 1e-3, f"val losses differ by {apart:.1e}: {far.table}, {near.table}"
+    if far.strength == near.strength:
+        assert gap(torch.as_tensor(far.weight), torch.as_tensor(near.weight)) < 2e-2
 
 
 def test_patches_as_a_product_are_the_convolution():

@@ -100,6 +100,8 @@ def test_a_run_ends_in_a_product_that_says_the_same_on_both_devices(finished, mo
         ("head", ["head.views=online"]),
         ("probe", ["probe.kind=ridge"]),
         ("ladder", []),
+        ("head", ["trust.head_seeds=2", "trust.learning_curve=true"]),
+        ("probe", ["trust.head_seeds=2", "trust.learning_curve=true"]),
     ],
     ids=str,
 )
@@ -132,6 +134,11 @@ ENDS = {
         *("train.layer_decay=0.7", "train.opt=adamw", "train.label_smoothing=0.1"),
     ],
     "layer-wise lion": ["train.opt=lion", "train.lr=1e-4", "train.layer_decay=0.7"],
+    "bitfit": ["train.tune=bitfit", "train.lr=0.01"],
+    "hybrid": [
+        *("model.embed.backbone=resnet10t", "model.embed.weights=none"),
+        "model.options={depth: 1, embed_dim: 32, num_heads: 2}",
+    ],
     "CNN": ["model.name=test_efficientnet", "model.options={}"],
 }
 COMPILED = {
