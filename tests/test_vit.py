@@ -639,3 +639,26 @@ def test_shortened_it_is_its_first_and_last_block_and_nothing_is_copied(depth):
     twin = tiny(depth=min(depth, 2))
     twin.load_state_dict(short.state_dict())
     assert torch.equal(short(x), twin(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "options", [{}, {"init_values": 0.5}, {"pre_norm": True}, {"no_embed_class": True}], ids=str
+)
+def test_under_autocast_tokens_stay_in_half_precision_between_blocks(options, half):
+    """In float32 they would take twice the memory and the time of every sum over them."""
+    net, seen = tiny(**options), []
+
+    def listen(module, args, out):
+        seen.append((args[0].dtype, out.dtype))
+
+    for block in net.blocks:
+        block.register_forward_hook(listen)
+    exact = net(images())
+    assert set(seen) == {(torch.float32, torch.float32)}
+    seen.clear()
+    with torch.autocast("cpu", half):
+        close = net(images())
+    assert set(seen) == {(half, half)}
+    assert float((close - exact).abs().max()) < 0.03 * float(exact.abs().max())

@@ -114,8 +114,8 @@ class LayerScale(nn.Module):
         self.gamma = nn.Parameter(torch.full((width,), float(init_values), **factory))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, T, D] -> [B, T, D]."""
-        return x * self.gamma
+        """[B, T, D] -> [B, T, D], in the precision of x: gamma is float32 under autocast."""
+        return (x * self.gamma).to(x.dtype)
 
 
 class Mlp(nn.Module):
