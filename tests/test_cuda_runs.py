@@ -239,7 +239,7 @@ def launched(tmp_path, output, *more, program=("-m", "vitft.run")):
     file.write_text(TINY.format(mode="full", output=tmp_path / output, root=tmp_path / "photos"))
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", *program]
     words += [str(file), f"device={DEVICE.type}", *EXACT, *STRICT, *more]
-    paths = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+    paths = os.pathsep.join([str(TESTS.parent), str(TESTS), *sys.path])
     done = subprocess.run(
         [sys.executable, *words],
         env=os.environ | {"PYTHONPATH": paths, "VITFT_CACHE": str(tmp_path / f"{output}-cache")},
