@@ -34,11 +34,11 @@ FLOORS = (
     "containers",
     "raw",
     "console images pictures tally checkpoint gallery unpack summary shards regime",
-    "sources photos progress ahead weights",
+    "sources photos progress ahead weights pace",
     "workers step fitting",
     "hosted",
     # data, models and arrays
-    "fetch pace store contents assign loaders vit model tune maps train sections cli answers",
+    "fetch store contents assign loaders vit model tune maps train sections cli answers",
     "lbfgs neighbours audit curve graph card vitflower",
     "data probe features product offline report cache hubpage inspection",
     # a whole run

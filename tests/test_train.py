@@ -10,13 +10,13 @@ from timm.task import ClassificationTask
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vitft import checkpoint, step
+from vitft import checkpoint, pace, step
 from vitft.errors import DivergedError, MachineError, RecipeError, WeightsError
 from vitft.inputs import permutation
 from vitft.ranks import Ranks
 from vitft.recipe import TrainSpec
 from vitft.regime import compiles, fast_convolutions, precision, set_train_mode
-from vitft.train import Stopped, Trainer
+from vitft.train import Stopped, Trainer, _not_finite
 
 N, WIDTH, CLASSES, SIZE = 22, 6, 3, 4
 
@@ -597,13 +597,86 @@ def test_bfloat16_that_a_gpu_only_emulates_is_not_taken(monkeypatch, native, hal
     assert precision(TrainSpec(), torch.device("cpu")) is None
 
 
-def test_compiling_is_for_long_runs_of_a_model_and_never_for_a_head_alone():
+def test_several_ranks_compile_from_the_start_where_a_run_is_long_and_never_a_head_alone():
     cuda, head = torch.device("cuda"), nn.Linear(WIDTH, CLASSES)
-    assert compiles(TrainSpec(), network(), cuda, 500)
-    assert not compiles(TrainSpec(), network(), cuda, 499)
-    assert not compiles(TrainSpec(), network(), torch.device("cpu"), 500)
-    assert not compiles(TrainSpec(), head, cuda, 10**6)
+    assert compiles(TrainSpec(), network(), cuda, 2000, 2)
+    assert not compiles(TrainSpec(), network(), cuda, 1999, 2)
+    assert not compiles(TrainSpec(), network(), torch.device("cpu"), 2000, 2)
+    assert not compiles(TrainSpec(), head, cuda, 10**6, 2)
+    assert not compiles(TrainSpec(), network(), cuda, 10**6)  # one process looks at the clock first
     assert compiles(TrainSpec(compile=True), head, torch.device("cpu"), 1)
+
+
+def watched(monkeypatch, backend, *, spec=None, left=None):
+    """A run on this CPU that is timed as if it were on CUDA; compiling pays with `left` to come."""
+    asked = []
+
+    def pays(device, times, seconds, waited, gain):
+        asked.append(times)
+        return left is None or times == left
+
+    def compile_task(self, mode, dynamic):
+        assert (mode, dynamic) == (None, False)
+        self.trainable_module = torch.compile(self.trainable_module, backend=backend)
+        self.eval_model = self.trainable_module
+
+    monkeypatch.setattr(pace, "pays", pays)
+    monkeypatch.setattr(ClassificationTask, "compile", compile_task)
+    t = trainer(network(), spec={"compile": "auto"} | (spec or {}))
+    t.stepper.watch.watching = True
+    return t, t.fit(), asked
+
+
+def test_a_run_is_compiled_in_its_midst_once_that_pays(monkeypatch, caplog):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    caplog.set_level("INFO", logger="vitft")
+    plain = trainer(network())
+    plain.fit()
+    total, timed = plain.state.step, pace.WARM + pace.TIMED
+    t, _, asked = watched(monkeypatch, backend)
+    assert asked == [total - timed]  # once
+    assert len(graphs) == 1
+    assert f"compiling the model for {total - timed} more updates, about 60 s" in caplog.text
+    for a, b in zip(t.net.parameters(), plain.net.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+    watched(monkeypatch, backend, left=total - timed + 1)
+    assert len(graphs) == 1  # it would not have paid
+
+
+def test_where_no_compiler_is_a_run_goes_on_without_and_says_so(monkeypatch, caplog):
+    def backend(graph, inputs):
+        raise RuntimeError("Failed to find C compiler")
+
+    plain = trainer(network())
+    plain.fit()
+    t, _, _ = watched(monkeypatch, backend)
+    (said,) = [m for m in caplog.messages if "env.not_compiled" in m]
+    assert said.startswith("error[env.not_compiled] cpu: the model was not compiled, and goes on")
+    assert "Failed to find C compiler" in said
+    assert not t.stepper.compiled
+    for a, b in zip(t.net.parameters(), plain.net.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("spec", [{"compile": False}, {"compile": "auto"}])
+def test_nothing_is_timed_that_may_not_be_compiled_or_is_not_on_cuda(spec):
+    t = trainer(network(), spec=spec)
+    t.fit()
+    assert not t.stepper.watch.times
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_tensor_that_is_not_finite_is_named_and_large_numbers_are_not(bad):
+    tensors = {k: torch.ones(3, 4) for k in ("a", "b", "c", "d")}
+    tensors["a"][1, 2] = 3e38  # its norm overflows
+    assert _not_finite(tensors) == []
+    tensors["b"][0, 0] = tensors["d"][2, 3] = bad
+    assert _not_finite(tensors) == ["b", "d"]
 
 
 def test_convolutions_are_tried_out_on_cuda_while_training_and_no_longer():

@@ -1,16 +1,17 @@
-"""How a frozen backbone is run: in which precision, and whether compiling it pays for itself.
+"""In which precision a backbone is run, and whether compiling it, or training, pays for itself.
 
 On CPU nothing is compiled: ViT-S/14 in float32, one thread of a busy Zen 5 core, images per second
 of processor time, in turns: timm eager 6.2, timm compiled 6.3, oneDNN products (`vitft.kernels`)
 with the class token alone in the last block 7.1, those compiled 7.0; compiling took over a minute.
-On CUDA the forward is timed as it goes; once the images left would win back the time that compiling
-takes, it is compiled, in mid-pass. Compiled and eager rows differ in the last bits of bfloat16, as
-they do between GPUs, and share a store.
+On CUDA work is timed as it goes: a backbone's forward, or an update of the weights (`vitft.step`).
+Once what is left would win back the time that compiling takes, it is compiled, in mid-pass.
+Compiled and eager rows differ in the last bits of bfloat16, as they do between GPUs, and share a
+store.
 """
 
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ from vitft.errors import MachineError, VitftError
 
 COST = 60.0  # seconds that compiling a ViT takes, about
 GAIN = 0.12  # share of the forward saved: timm's tables, ViT-B on an RTX 4090, 13 % more images/s
-WARM = 3  # batches before the forward is at its speed
-TIMED = 8  # batches that are timed
+WARM = 3  # times before work is at its speed
+TIMED = 8  # times that are timed
 NATIVE = {"avx512_bf16", "amx_bf16", "bf16"}  # what Linux calls it, on x86 and on ARM
 
 Forward = Callable[[Tensor], Tensor]
@@ -84,17 +85,57 @@ def in_precision(dtype: torch.dtype, device: torch.device) -> AbstractContextMan
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16)
 
 
-def pays(device: torch.device, batches: int, seconds: float, waited: float) -> bool:
-    """Whether compiling now ends the pass sooner.
+def pays(device: torch.device, times: int, seconds: float, waited: float, gain: float) -> bool:
+    """Whether compiling now ends the work sooner.
 
     Args:
-        device: Where the forward runs.
-        batches: Left.
-        seconds: One batch takes.
-        waited: Seconds between two batches; where the forward waits for photographs more than half
+        device: Where it is done.
+        times: It will be done yet.
+        seconds: It takes once.
+        waited: Seconds between two of them; where the device waits for photographs more than half
             the time, a faster one waits longer.
+        gain: Share of the time that compiled code saves.
     """
-    return device.type == "cuda" and waited <= seconds and batches * seconds * GAIN > COST
+    return device.type == "cuda" and waited <= seconds and times * seconds * gain > COST
+
+
+class Watch:
+    """Times work that is done again and again; `pays` says, once, that it should be compiled.
+
+    Args:
+        device: Where it is done; elsewhere than on CUDA nothing is timed.
+        gain: Share of the time that compiled code saves.
+    """
+
+    def __init__(self, device: torch.device, gain: float) -> None:
+        self.device, self.gain = device, gain
+        self.watching = device.type == "cuda"
+        self.times: list[tuple[float, float]] = []  # (waited, worked) of each, seconds
+        self.ended = time.perf_counter()
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Around the work; what is timed waits for the device."""
+        started = time.perf_counter()
+        yield
+        if not self.watching:
+            return
+        self._synchronize()
+        ended = time.perf_counter()
+        self.times.append((started - self.ended, ended - started))
+        self.ended = ended
+
+    def pays(self, left: int) -> bool:
+        """After some times, with so many yet to come; never again afterwards."""
+        if not self.watching or len(self.times) < WARM + TIMED:
+            return False
+        self.watching = False
+        waited, seconds = (sum(part) / TIMED for part in zip(*self.times[WARM:], strict=True))
+        return pays(self.device, left, seconds, waited, self.gain)
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
 
 class Paced:
@@ -108,47 +149,36 @@ class Paced:
 
     def __init__(self, forward: Forward, device: torch.device, batches: int) -> None:
         self.forward, self.device, self.left = forward, device, batches
-        self.times: list[tuple[float, float]] = []  # (waited, forward) of each batch, seconds
-        self.ended = time.perf_counter()
-        self.watching = device.type == "cuda"
+        self.watch = Watch(device, GAIN)
 
     def __call__(self, x: Tensor) -> Tensor:
         """One batch."""
         self.left -= 1
-        if not self.watching:
-            return self.forward(x)
-        started = time.perf_counter()
-        out = self.forward(x)
-        self._synchronize()
-        ended = time.perf_counter()
-        self.times.append((started - self.ended, ended - started))
-        self.ended = ended
-        if len(self.times) == WARM + TIMED:
-            self._decide(x)
+        with self.watch.timed():
+            out = self.forward(x)
+        if self.watch.pays(self.left):
+            self._compile(x)
         return out
 
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def _decide(self, x: Tensor) -> None:
-        """Compiles, or never looks again."""
-        self.watching = False
-        waited, seconds = (sum(part) / TIMED for part in zip(*self.times[WARM:], strict=True))
-        if not pays(self.device, self.left, seconds, waited):
-            return
-        say(f"compiling the backbone for {self.left:,} more batches, about {COST:.0f} s")
+    def _compile(self, x: Tensor) -> None:
+        say(compiling("the backbone", self.left, "batches"))
         compiled = torch.compile(self.forward, dynamic=False)
         try:
             compiled(x)
         except Exception as error:  # whatever a compiler may raise: the eager forward is there
-            warn(str(_not_compiled(self.device, error)))
+            warn(str(not_compiled(self.device, "the backbone", error)))
             return
         self.forward = compiled
 
 
-def _not_compiled(device: torch.device, error: Exception) -> VitftError:
+def compiling(what: str, left: int, of: str) -> str:
+    """What is said before."""
+    return f"compiling {what} for {left:,} more {of}, about {COST:.0f} s"
+
+
+def not_compiled(device: torch.device, what: str, error: Exception) -> VitftError:
+    """What is said where it failed and was not asked for."""
     said = " ".join(str(error).split()) or "without a word"
-    text = f"the backbone was not compiled, and goes on as before, slower: {type(error).__name__}: "
+    text = f"{what} was not compiled, and goes on as before, slower: {type(error).__name__}: "
     fix = "give this torch what it compiles with (Triton, a C++ compiler), or leave it as it is"
     return MachineError.of("env.not_compiled", device, text + said[:300], fix)

@@ -19,6 +19,8 @@ from vitft.recipe import TrainSpec
 
 FUSED = ("adam", "adamw", "sgd", "nesterov", "momentum")  # torch's own: one kernel for all tensors
 
+LONG = 2000  # updates of several ranks that win back a minute of compiling, at 100 ms each
+
 
 # -- what moves -----------------------------------------------------------------------------------
 
@@ -124,14 +126,19 @@ def precision(spec: TrainSpec, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if native else torch.float16
 
 
-def compiles(spec: TrainSpec, net: nn.Module, device: torch.device, updates: int) -> bool:
-    """Compiling takes about a minute; on CUDA that is won back over some hundred updates.
+def compiles(
+    spec: TrainSpec, net: nn.Module, device: torch.device, updates: int, world: int = 1
+) -> bool:
+    """Whether training begins compiled.
 
-    A head alone is one product: there is nothing to join, and its whole training takes a second.
+    With `auto` one process times its first updates, and may compile then (`vitft.step`). Several
+    must choose alike, and do so by the number of updates. A head alone is one product: there is
+    nothing to join, and its whole training takes a second.
     """
-    if spec.compile == "auto":
-        return device.type == "cuda" and updates >= 500 and not isinstance(net, nn.Linear)
-    return bool(spec.compile)
+    if spec.compile != "auto":
+        return bool(spec.compile)
+    long = world > 1 and updates >= LONG
+    return long and device.type == "cuda" and not isinstance(net, nn.Linear)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ else: not on workers, not on where a run was killed and resumed. `vitft.progress
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -292,11 +292,9 @@ class Trainer:
         self._raise_if_not_finite()
         if not math.isfinite(float(self.state.loss_sum)):
             raise self._diverged(self.state.step, f"loss {float(self.state.loss_sum)}", "unknown")
-        trained = [(name, p) for name, p in self.net.named_parameters() if p.requires_grad]
-        finite = torch.stack([torch.isfinite(p).all() for _, p in trained]).tolist()  # one look
-        for (name, _), whole in zip(trained, finite, strict=True):
-            if not whole:
-                raise self._diverged(self.state.step, f"{name} is not finite", "unknown")
+        trained = {name: p for name, p in self.net.named_parameters() if p.requires_grad}
+        for name in _not_finite(trained):
+            raise self._diverged(self.state.step, f"{name} is not finite", "unknown")
 
     def _diverged(self, step: int, what: str, files: str) -> BaseException:
         lr = self._rate()
@@ -353,6 +351,13 @@ class Trainer:
         self.net.load_state_dict(s.best_tensors, strict=False)
         self.net.eval()
         return Result(tuple(s.history), s.best, s.best["weights"], s.splits)
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of tensors that hold NaN or infinity; one look at the device where none does."""
+    norms = torch.stack(torch._foreach_norm(list(tensors.values())))  # of large numbers infinite
+    doubted = [name for name, ok in zip(tensors, norms.isfinite().tolist(), strict=True) if not ok]
+    return [name for name in doubted if not bool(torch.isfinite(tensors[name]).all())]
 
 
 def _generator_devices(device: torch.device) -> list[int]:
