@@ -171,7 +171,9 @@ def test_a_call_that_is_cut_keeps_every_turn_before_and_names_what_failed(tmp_pa
     monkeypatch.setattr(bench, "loaders", lambda *a: (None, None, (2560, 5120)))
     monkeypatch.setattr(bench, "built", lambda *a: dict(ways))
     monkeypatch.setattr(bench, "kept", lambda way: 2**30)
-    args = bench.argparse.Namespace(photos=None, quick=False, rounds=6, minutes=9.0, json=file)
+    args = bench.argparse.Namespace(
+        photos=None, quick=False, rounds=6, minutes=9.0, json=file, compile_first=False
+    )
     call = bench.Call(args, bench.torch.device("cpu"), None)
     with pytest.raises(KeyboardInterrupt):
         bench.every_case([bench.CASES[1], bench.CASES[0]], call)
@@ -194,9 +196,49 @@ def test_a_call_that_is_cut_keeps_every_turn_before_and_names_what_failed(tmp_pa
 
 def test_a_case_without_time_is_left_out(tmp_path, monkeypatch):
     bench = script("train_step")
-    args = bench.argparse.Namespace(photos=None, quick=False, rounds=6, minutes=1.0, json=None)
+    args = bench.argparse.Namespace(
+        photos=None, quick=False, rounds=6, minutes=1.0, json=None, compile_first=False
+    )
     call = bench.Call(args, bench.torch.device("cpu"), None)
     bench.every_case([bench.CASES[5]], call)
     assert not call.tables
     (text,) = call.left
-    assert re.fullmatch(r"vitflower_l16, .*: \d\d s left, about 240 s needed", text)
+    assert re.fullmatch(r"vitflower_l16, .*: \d\d s left, about 160 s needed", text)
+
+
+def test_every_way_that_compiles_does_so_beforehand_and_never_more_than_fit(monkeypatch):
+    bench, begun, running = script("train_step"), [], []
+
+    class Process:
+        returncode = 0
+
+        def __init__(self, words):
+            number, way = (
+                words[words.index("--cases") + 1],
+                words[words.index("--only-compile") + 1],
+            )
+            self.gib = bench.gib_of(bench.CASES[int(number) - 1])
+            self.looks = 0
+            begun.append((int(number), way))
+            running.append(self)
+            assert sum(p.gib for p in running) <= bench.ROOM
+
+        def poll(self):
+            self.looks += 1
+            if self.looks < 3:
+                return None
+            if self in running:
+                running.remove(self)
+            return 0
+
+    monkeypatch.setattr(bench.subprocess, "Popen", Process)
+    monkeypatch.setattr(bench.time, "sleep", lambda seconds: None)
+    args = bench.argparse.Namespace(quick=False, timm=None)
+    bench.compile_first(list(bench.CASES), args)
+    assert sorted(begun) == sorted(
+        (n, way)
+        for n, case in enumerate(bench.CASES, 1)
+        for way in case.ways
+        if way != bench.EAGER and not case.photos
+    )
+    assert not running

@@ -2,6 +2,7 @@
 
     python tools/bench/train_step.py --timm CHECKOUT --photos FOLDER --json FILE   # in 10 minutes
     python tools/bench/train_step.py --cases 5 6 --timm CHECKOUT --json FILE       # some of them
+    python tools/bench/train_step.py --compile-first ...            # all programs, side by side
     python tools/bench/train_step.py --quick [--photos FOLDER]      # the wiring, on any machine
 
 CHECKOUT holds timm's repository, FOLDER class folders of photographs. One call does all, the most
@@ -11,7 +12,10 @@ with CUDA graphs), then S/16, Ti/16 and L/16. A case that `--minutes` have no ro
 one that they cut has fewer rounds, a way that fails is named; the record says so. It is written
 anew after every turn, so that a call that is ended from outside loses one turn.
 
-Rounds take turns; a way's first round compiles, is told apart and not counted. MFU counts the
+Rounds take turns; a way's first round compiles, is told apart and not counted. With
+`--compile-first` processes of their own compile every way before, as many at once as the card's
+memory holds, and leave what they made in torch's cache on the disk: minutes become seconds where
+there are cores enough, and a first round says nothing about compiling then. MFU counts the
 operations of the whole model, forward and backward, against 989 TFLOP/s; that ours leaves some of
 them out in the last block is speed, not use. Peak memory is a way's own: tensors that stay, and
 what comes and goes in a round. Goals: 1.15 times timm compiled, 1.4 times timm eager, 3,600
@@ -24,6 +28,7 @@ vitft needs timm 1.0.31 and pydantic. Where a machine holds an older one and no 
 import argparse
 import copy
 import statistics
+import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -52,12 +57,15 @@ EAGER, COMPILED, OURS, GRAPHS = "timm eager", "timm compiled", "vitft", "vitft, 
 GOALS = {EAGER: 1.4, COMPILED: 1.15}
 GOAL_SPEED = 3600.0
 GOAL_CURVE = 0.02  # largest relative difference of the rounds' mean losses
-FIRST = {
-    EAGER: 15.0,
-    COMPILED: 60.0,
-    OURS: 60.0,
-    GRAPHS: 60.0,
-}  # s a first round is thought to take
+FIRST = {EAGER: 5.0, COMPILED: 40.0, OURS: 40.0, GRAPHS: 40.0}  # s of a first round, about
+CACHED = 12.0  # s of one whose program lies in the cache
+ROOM = 66.0  # GiB that the processes of --compile-first may have together
+GIB = {  # that one of them takes, about; small batches almost nothing
+    "vitflower_ti16": 6.0,
+    "vitflower_s16": 11.0,
+    "vitflower_b16": 20.0,
+    "vitflower_l16": 27.0,
+}
 FEW = 8  # photographs of a class, with --quick
 FEWEST = 3  # rounds that make a figure: the first, which is not counted, and two more
 
@@ -139,6 +147,8 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=8, help="processes that decode, both sides")
     parser.add_argument("--rounds", type=int, default=6, help="the first is not counted")
     parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--compile-first", action="store_true", help="side by side, beforehand")
+    parser.add_argument("--only-compile", metavar="WAY", help=argparse.SUPPRESS)
     parser.add_argument("--quick", "--tiny", action="store_true", help="only the wiring")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
@@ -166,12 +176,63 @@ def measured(args: argparse.Namespace) -> int:
     torch.backends.cudnn.benchmark = True
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     call = Call(args, device, script(args.timm))
+    cases = TINY if args.quick else CASES
+    chosen = [cases[n - 1] for n in args.cases] if args.cases else list(cases)
+    if args.only_compile:
+        return compiled(chosen[0], args.only_compile, call)
+    if args.compile_first:
+        compile_first(chosen, args)
     here = about()
     print(f"{here['device']}, torch {here['torch']}, timm {here['timm']}; peer: {told(call.peer)}")
-    cases = TINY if args.quick else CASES
-    every_case([cases[n - 1] for n in args.cases] if args.cases else list(cases), call)
+    every_case(chosen, call)
     call.keep()
     return verdict(call.rows())
+
+
+def compile_first(cases: list[Case], args: argparse.Namespace) -> None:
+    """Each way that compiles, in a process of its own; the largest first."""
+    all_cases = list(TINY if args.quick else CASES)
+    jobs = [(c, way) for c in cases for way in c.ways if way != EAGER and not c.photos]
+    jobs.sort(key=lambda job: -gib_of(job[0]))
+    running: dict[tuple[Case, str], subprocess.Popen[bytes]] = {}
+    started = time.monotonic()
+    while jobs or running:
+        used = sum(gib_of(case) for case, _ in running)
+        for case, way in list(jobs):
+            if not running or used + gib_of(case) <= ROOM:
+                number = str(all_cases.index(case) + 1)
+                words = ["--cases", number, "--only-compile", way, *quick(args), *checkout(args)]
+                running[case, way] = subprocess.Popen([sys.executable, __file__, *words])
+                jobs.remove((case, way))
+                used += gib_of(case)
+        for job, process in list(running.items()):
+            if process.poll() is not None:
+                del running[job]
+                told = "ready" if process.returncode == 0 else "FAILED"
+                print(f"{job[0]}, {job[1]}: {told} after {time.monotonic() - started:.0f} s")
+        time.sleep(0.2)
+
+
+def quick(args: argparse.Namespace) -> list[str]:
+    return ["--quick"] if args.quick else []
+
+
+def checkout(args: argparse.Namespace) -> list[str]:
+    return ["--timm", str(args.timm)] if args.timm else []
+
+
+def gib_of(case: Case) -> float:
+    """Memory of one way of this case while it compiles."""
+    return GIB[case.name] if case.batch >= 128 else 3.0
+
+
+def compiled(case: Case, way: str, call: Call) -> int:
+    """One way makes one short round, for what its compiler leaves on the disk."""
+    side = 32 if call.args.quick else 224
+    ready = Synthetic(2, case.batch, side, call.device)
+    alone = Case(case.name, case.batch, 2, (way,))
+    built(alone, ready, ready, side, call)[way].round()
+    return 0
 
 
 def every_case(cases: list[Case], call: Call) -> None:
@@ -184,7 +245,8 @@ def every_case(cases: list[Case], call: Call) -> None:
             ways.clear()
             emptied(call.device)
         before = case
-        need = 0.0 if same else sum(FIRST[way] for way in case.ways) * BLOCKS.get(case.name, 1.0)
+        need = 0.0 if same else sum(first_round(way, call.args) for way in case.ways)
+        need *= BLOCKS.get(case.name, 1.0)
         if case.photos and call.args.photos is None:
             call.leave(f"{case}: no --photos given")
         elif call.seconds_left() < need:
@@ -192,6 +254,11 @@ def every_case(cases: list[Case], call: Call) -> None:
         else:
             one_case(case, ways, call)
         call.keep()
+
+
+def first_round(way: str, args: argparse.Namespace) -> float:
+    """Seconds, about."""
+    return min(FIRST[way], CACHED) if args.compile_first else FIRST[way]
 
 
 def emptied(device: torch.device) -> None:
