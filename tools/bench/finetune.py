@@ -6,7 +6,8 @@ PHOTOS is a folder of class folders. Each seed draws its own split; on each spli
 from the same photographs. Of the ways with most splits, the one with the best mean accuracy on val
 is what a recipe should use; only its test accuracy is a result. The JSON is written after every
 run, so that a long call may be stopped, and go on with `--add`. `--quick` takes two ways and 20
-small photographs per class.
+small photographs per class. On a CUDA card the recipe itself, all photographs at 224 px, takes less
+than a minute a run: `--ways probe head flowers_full.yaml`.
 """
 
 import argparse
@@ -49,6 +50,9 @@ WAYS: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> recipe, overrides
     "all, lr 1e-3": (FULL, (*WHOLE, "train.lr=1e-3")),
     "all, lr 3e-4": (FULL, (*WHOLE, "train.lr=3e-4")),
     "all, no layer decay": (FULL, (*WHOLE, "train.lr=1e-4", "train.layer_decay=null")),
+    "flowers_full.yaml": (FULL, ()),  # as it is, but for the model
+    "flowers_full.yaml, lr 1e-4": (FULL, ("train.lr=1e-4",)),
+    "flowers_full.yaml, lr 1e-3": (FULL, ("train.lr=1e-3",)),
 }
 
 
