@@ -302,6 +302,19 @@ def test_compiled_code_learns_as_it_does_without(spec):
     assert_close_losses(trainer(network(), spec=spec).fit(), plain, rel=2e-3)
 
 
+def test_a_run_that_is_compiled_in_its_midst_learns_as_it_does_without(monkeypatch, caplog):
+    needs_a_compiler()
+    caplog.set_level("INFO", logger="vitft")
+    monkeypatch.setattr(pace, "pays", lambda *rest: True)
+    spec = {"epochs": 4, "compile": "auto"}
+    found = trainer(network(), spec=spec)
+    result = found.fit()
+    assert found.stepper.compiled, caplog.text
+    assert "compiling the model for 13 more updates" in caplog.text
+    plain = trainer(network(), spec=spec | {"compile": False}).fit()
+    assert_close_losses(result, plain, rel=2e-3)
+
+
 WAITLESS = {
     "bf16": {"amp": "bf16"},
     "fp16": {"amp": "fp16"},
