@@ -172,7 +172,13 @@ def test_a_call_that_is_cut_keeps_every_turn_before_and_names_what_failed(tmp_pa
     monkeypatch.setattr(bench, "built", lambda *a: dict(ways))
     monkeypatch.setattr(bench, "kept", lambda way: 2**30)
     args = bench.argparse.Namespace(
-        photos=None, quick=False, rounds=6, minutes=9.0, json=file, compile_first=False
+        photos=None,
+        quick=False,
+        rounds=6,
+        minutes=9.0,
+        json=file,
+        compile_first=False,
+        cached=False,
     )
     call = bench.Call(args, bench.torch.device("cpu"), None)
     with pytest.raises(KeyboardInterrupt):
@@ -197,7 +203,13 @@ def test_a_call_that_is_cut_keeps_every_turn_before_and_names_what_failed(tmp_pa
 def test_a_case_without_time_is_left_out(tmp_path, monkeypatch):
     bench = script("train_step")
     args = bench.argparse.Namespace(
-        photos=None, quick=False, rounds=6, minutes=1.0, json=None, compile_first=False
+        photos=None,
+        quick=False,
+        rounds=6,
+        minutes=1.0,
+        json=None,
+        compile_first=False,
+        cached=False,
     )
     call = bench.Call(args, bench.torch.device("cpu"), None)
     bench.every_case([bench.CASES[5]], call)
