@@ -260,8 +260,8 @@ class VisionTransformer(Hosted):
         """[B, 3, S, S] -> tokens [B, T, D], in the precision that patches are computed in.
 
         Under autocast positions would raise them, and every sum of the blocks after them, to
-        float32: an H100 then takes 72 ms a step (ViT-B/16, batch 256) instead of 66. Features of
-        photographs are off by 1.1 % instead of 0.9 (bfloat16, ViT-S/14).
+        float32: on an H100 the kernels of a step then take 72 ms (ViT-B/16, batch 256), where the
+        whole step takes 67. Features are off by 1.1 % instead of 0.9 (bfloat16, ViT-S/14).
         """
         x: Tensor = self.patch_embed(images)  # [B, 3, S, S] -> [B, P, D]
         precision = x.dtype

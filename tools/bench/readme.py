@@ -28,6 +28,7 @@ ORDER = (
     "frozen_end_to_end",
     "extract",
     "probe_sweep",
+    "train_step",
     "train_cpu",
     "predict",
     "loader",
@@ -36,6 +37,12 @@ LEADS = {  # script -> how the rows begin that README shows
     "afar": ("batches from a server", "photographs from a server"),
     "accuracy": ("test accuracy",),
     "frozen_end_to_end": ("600 photographs to a saved head, cold: vitft",),
+    "train_step": (
+        "training vitflower_b16, batch 256, synthetic batches, against",
+        "training vitflower_b16, batch 256, photographs, against",
+        "training vitflower_b16, batch 8, synthetic batches, against",
+        "training vitflower_s16, batch 256, synthetic batches, against",
+    ),
     "train_cpu": ("fine-tuning vitflower_s16",),
     "predict": ("one photograph", "128 photographs"),
     "loader": (

@@ -21,6 +21,15 @@ them out in the last block is speed, not use. Peak memory is a way's own: tensor
 what comes and goes in a round. Goals: 1.15 times timm compiled, 1.4 times timm eager, 3,600
 images/s. `--quick` times nothing worth telling: its goal is that both sides learn alike.
 
+Where the time of a step goes, ViT-B/16, batch 256, on an H100, of 72 ms: matrix products 35 (at 720
+TFLOP/s), attention 10, LayerNorm and sums of the residual stream 10, GELU and its gradient 8,
+casts and copies 5, gradients of q, k and v laid side by side 3, AdamW 1. Tokens in bfloat16 between
+blocks made that 67. Tried without gain: inductor's coordinate descent (143 s to compile, equal);
+cuBLASLt instead of cuBLAS (4 % slower); split sums for the weights' gradients (equal); a kernel for
+GELU's gradient and the bias's at once (equal); attention of whole heads over packed q, k, v in
+Triton (on an H200 0.69 + 0.16 ms a block in place of 0.86 + 0.17, 1 % of a step, for
+six hundred lines: left out). What bounds batches of 8 is Python: 4.2 of 5.6 ms are kernels.
+
 vitft needs timm 1.0.31 and pydantic. Where a machine holds an older one and no network, carry them:
 `pip install --target site timm==1.0.31 --no-deps` here, `PYTHONPATH=site:.` there.
 """
