@@ -269,7 +269,7 @@ def test_no_batch_at_all_is_an_error_not_an_empty_epoch(files):
 
 
 def test_auto_workers_leave_two_cores_to_the_model(monkeypatch):
-    for cores, cpu, cuda in ((1, 0, 1), (2, 0, 2), (4, 4, 4), (64, 8, 8)):
+    for cores, cpu, cuda in ((1, 0, 1), (2, 0, 2), (4, 4, 4), (64, 8, 16)):
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid, n=cores: set(range(n)))
         assert worker_count("auto", CPU) == cpu
         assert worker_count("auto", torch.device("cuda")) == cuda
@@ -280,6 +280,24 @@ def test_photos_survive_the_way_into_a_fresh_process(files):
     source = photos(files)
     again = pickle.loads(pickle.dumps(source))
     assert torch.equal(again[1, 5][0], source[1, 5][0])
+
+
+@pytest.mark.parametrize(
+    ("mebibytes", "workers"), [(64, 0), (110, 0), (111, 1), (640, 8), (1212, 15), (1213, 16)]
+)
+def test_auto_takes_as_many_workers_as_shared_memory_holds_and_says_so(
+    monkeypatch, caplog, mebibytes, workers
+):
+    spec = plain(InputConfig((224, 224), CONFIG.mean, CONFIG.std, "bicubic", 0.9))
+    usage = SimpleNamespace(free=2 * mebibytes * 2**20)
+    monkeypatch.setattr(crew.shutil, "disk_usage", lambda path: usage)
+    crew._tell.cache_clear()
+    for _ in range(2):
+        assert crew.fitting(16, 256, spec) == workers
+    needed = (2 * workers + 1) * 256 * 3 * 224 * 224
+    assert workers == 0 or needed <= mebibytes * 2**20
+    text = f"train.workers: auto is {workers} instead of 16, as /dev/shm has only "
+    assert caplog.text.count(text) == (workers < 16)
 
 
 def test_X25_too_little_shared_memory_is_said_before_a_worker_dies_of_it(files, monkeypatch):

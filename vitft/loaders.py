@@ -23,7 +23,7 @@ from vitft.errors import DataError
 from vitft.inputs import derive_seed, epoch_rows, erase, normalise, seeded
 from vitft.photos import Photos
 from vitft.ranks import ALONE, Ranks
-from vitft.workers import Batch, Pool, Steps, worker_count
+from vitft.workers import Batch, Pool, Steps, fitting, worker_count
 
 TIMEOUT = 120.0  # seconds without a batch before the workers are given up
 SLOW_LINE = 10  # times that, where a batch may wait for a network that has limits of its own
@@ -77,6 +77,8 @@ class Batches:
         self.balanced = balanced
         self.transform = photos.transform
         self.workers = worker_count(workers, device, ranks.here)
+        if workers == "auto":
+            self.workers = fitting(self.workers, batch_size, self.transform)
         self._mixup = _mixup(mixup, cutmix, classes)
         self._steps = Steps(ranks, pairs=self._mixup is not None, joins_last=joins_last)
         self._afar = ahead.pieces(photos.files)

@@ -395,7 +395,7 @@ def loaders(
         "model.weights=none",
     ]
     p = prepare.prepare(recipe.parse(text, "bench.yaml", ".", changes))
-    photos = p.photos("train", augment=True)
+    photos = p.photos("train", augment=True, keep=True)  # as a run does
     return theirs, p.batches(photos, train=True), (len(theirs) * case.batch, len(photos))
 
 
