@@ -48,7 +48,7 @@ def test_a_tail_shares_every_tensor_and_name_and_leaves_the_model_as_it_was():
     mine, its = dict(net.named_parameters()), dict(part.named_parameters())
     assert list(mine) == list(its)
     assert all(mine[name] is its[name] for name in mine)
-    model.set_head(part, torch.ones(3, 32), torch.zeros(3))
+    model.set_head(model.classifier(part), torch.ones(3, 32), torch.zeros(3))
     assert net.head.weight.detach().sum() == 96
 
 

@@ -142,6 +142,37 @@ def test_a_trained_heads_folds_stand_beside_its_own_val(made):
     assert all(torch.equal(before[k], v) for k, v in p.net.state_dict().items())
 
 
+@pytest.mark.parametrize("start", ["fresh", "zero", "probe"])
+def test_heads_trained_again_begin_as_the_runs_own_did(made, monkeypatch, start):
+    """No step moves them far, so what they end as is what they began as."""
+    still = ["train.lr=1e-12", "train.epochs=1", "trust.head_seeds=2", "probe.strengths=[0.01]"]
+    p, learned, _, _ = made("head", f"train.init_head={start}", *still)
+    train, views, val = p.index.rows("train"), learned.train_views, learned.features["val"]
+    some, own = np.arange(len(train))[::2], p.net.get_classifier()
+    head = relearn._trained(p, learned, views, 5, some)
+    asked, logistic_path = [], probe.logistic_path
+
+    def noted(x, *args, **kwargs):
+        asked.append(x)
+        return logistic_path(x, *args, **kwargs)
+
+    monkeypatch.setattr(probe, "logistic_path", noted)
+    relearn.head_seeds(p, learned)
+    found = relearn._trained(p, learned, views, 5)
+    if start == "fresh":
+        assert 0.01 < float(head.weight.detach().std()) < 0.03
+        assert not torch.allclose(own.weight, found.weight, atol=1e-3)
+        return
+    assert torch.allclose(own.weight, found.weight, atol=1e-8)
+    if start == "zero":
+        assert float(head.weight.detach().abs().max()) < 1e-8
+        return
+    assert [len(x) for x in asked] == [len(train)] * 3
+    y = p.index.labels[train]
+    alone = logistic_path(views.x[0][some], y[some], val.x[0], val.y, classes=3, strengths=(0.01,))
+    np.testing.assert_allclose(head.weight.detach().numpy(), alone.weight, atol=1e-6)
+
+
 @pytest.mark.parametrize("mode", ["probe", "head"])
 def test_what_is_scored_stays_out(made, mode):
     p, learned, val, x = made(mode, "data.test=0")

@@ -159,7 +159,8 @@ def solve_head(p: Prepared, hooks: Hooks, kind: str) -> Learned:
         refit=spec.refit,
         device=p.device,
     )
-    model.set_head(p.net, torch.as_tensor(solved.weight), torch.as_tensor(solved.bias))
+    head = model.classifier(p.net)
+    model.set_head(head, torch.as_tensor(solved.weight), torch.as_tensor(solved.bias))
     history = tuple({**r, "chosen": r["strength"] == solved.strength} for r in solved.table)
     for record in history:
         hooks.on_record(record)
@@ -187,16 +188,22 @@ def train_head(p: Prepared, hooks: Hooks) -> Learned:
     return Learned(result.history, result.best, seen, None, cached, probe_start=start)
 
 
+def some(cached: Features, rows: Ints | None) -> Features:
+    """Views of some of its photographs; None is all."""
+    if rows is None:
+        return cached
+    return replace(cached, x=cached.x[:, rows], y=cached.y[rows])
+
+
 def view_batches(
     p: Prepared, cached: Features, seed: int, rows: Ints | None = None
 ) -> features.Views:
     """Cached views of train, or of some of its rows, as the training loop takes them."""
     files = p.photos("train").files
     if rows is not None:
-        cached = replace(cached, x=cached.x[:, rows], y=cached.y[rows])
         files = tuple(files[i] for i in rows)
     return features.Views(
-        cached,
+        some(cached, rows),
         batch_size=batch_size(p.recipe.train, p.device),
         seed=seed,
         device=p.device,
@@ -281,14 +288,38 @@ def _fit_tail(p: Prepared, hooks: Hooks, views: int) -> train.Result:
 
 
 def _init_head(p: Prepared, train_features: Callable[[], Features]) -> float | None:
-    """`fresh`: at random, narrow; `zero` clears it; `probe`: from the linear probe (LP-FT).
+    """The model's own head where it begins; a family of timm's that draws it well is left alone.
 
     Returns:
         Share of val that the probe names rightly; None without one.
     """
-    head, kind = model.classifier(p.net), p.recipe.train.init_head
-    if kind == "fresh" and model.starts_wide(head):
-        model.start_head(head, derive_seed(p.recipe.seed, "head"))
+    head = model.classifier(p.net)
+    if p.recipe.train.init_head == "fresh" and not model.starts_wide(head):
+        return None
+    seed = derive_seed(p.recipe.seed, "head")
+    right = begin(p, head, seed, lambda: (train_features(), extract(p, "val")))
+    if right is not None:
+        say(f"the head starts from a linear probe: val accuracy {100 * right:.1f} %")
+    return right
+
+
+def begin(
+    p: Prepared, head: nn.Linear, seed: int, rows: Callable[[], tuple[Features, Features]]
+) -> float | None:
+    """`fresh`: at random, narrow; `zero` clears it; `probe`: from the linear probe (LP-FT).
+
+    Args:
+        p: The run, whose `train.init_head` counts.
+        head: Changed in place.
+        seed: Of what is drawn.
+        rows: Gives what a probe is solved on, in its first view, and val, which chooses.
+
+    Returns:
+        Share of val that the probe names rightly; None without one.
+    """
+    kind, spec = p.recipe.train.init_head, p.recipe.probe
+    if kind == "fresh":
+        model.start_head(head, seed)
     if kind == "zero":
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
@@ -296,12 +327,11 @@ def _init_head(p: Prepared, train_features: Callable[[], Features]) -> float | N
         return None
     from vitft import probe
 
-    train_rows, val = train_features(), extract(p, "val")
-    spec = p.recipe.probe
+    known, val = rows()
     solved = p.ranks.first_does(
         lambda: probe.logistic_path(
-            train_rows.x[0],
-            train_rows.y,
+            known.x[0],
+            known.y,
             val.x[0],
             val.y,
             classes=len(p.index.classes),
@@ -311,10 +341,8 @@ def _init_head(p: Prepared, train_features: Callable[[], Features]) -> float | N
             device=p.device,
         )
     )
-    model.set_head(p.net, torch.as_tensor(solved.weight), torch.as_tensor(solved.bias))
-    chosen = next(r for r in solved.table if r["strength"] == solved.strength)
-    right: float = chosen["val_accuracy"]
-    say(f"the head starts from a linear probe: val accuracy {100 * right:.1f} %")
+    model.set_head(head, torch.as_tensor(solved.weight), torch.as_tensor(solved.bias))
+    right: float = next(r for r in solved.table if r["strength"] == solved.strength)["val_accuracy"]
     return right
 
 

@@ -452,9 +452,8 @@ def starts_wide(head: nn.Linear) -> bool:
     return float(head.weight.detach().square().mean().sqrt()) > 2 * START
 
 
-def set_head(net: nn.Module, weight: Tensor, bias: Tensor) -> None:
-    """Puts a solved head into the model: weight [C, D], bias [C]."""
-    head = classifier(net)
+def set_head(head: nn.Linear, weight: Tensor, bias: Tensor) -> None:
+    """Puts a solved head in its place: weight [C, D], bias [C]."""
     with torch.no_grad():
         head.weight.copy_(weight)
         head.bias.copy_(bias)

@@ -26,13 +26,14 @@ from vitft.learn import (
     Ints,
     Learned,
     Rows,
+    begin,
     extract,
     fit,
     head_predictions,
     of_head,
+    some,
     view_batches,
 )
-from vitft.model import start_head
 from vitft.prepare import Prepared
 
 MIDDLE = 1e-2  # strength where none was chosen: on flowers within the plateau of the path
@@ -84,11 +85,14 @@ def head_fit(
 def _trained(
     p: Prepared, learned: Learned, views: Features, seed: int, rows: Ints | None = None
 ) -> nn.Module:
-    """A head trained once more on the views, or on some of their rows, from another seed."""
-    head = nn.Linear(views.x.shape[2], len(p.index.classes))
-    start_head(head, seed)
+    """A head trained once more on the views, or on some of their rows, from another seed.
+
+    It begins as the run's own does; a probe that it begins from knows the same rows as it will.
+    """
+    head = nn.Linear(views.x.shape[2], len(p.index.classes)).to(p.device)
     batches, val = view_batches(p, views, seed, rows), learned.features["val"]
-    fit(p, head.to(p.device), batches, Hooks(), predict=of_head(p, val))
+    begin(p, head, seed, lambda: (some(views, rows), val))
+    fit(p, head, batches, Hooks(), predict=of_head(p, val))
     return head
 
 
