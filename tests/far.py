@@ -29,7 +29,8 @@ class Server(ThreadingHTTPServer):
     more = 0  # sends so many bytes more than were asked for
     whole = 0  # so many requests are answered with the whole file
     headers: dict[str, str]  # sent too
-    drip: float | None = None  # seconds between two bytes
+    drip: float | None = None  # seconds between two bytes of what it sends
+    drip_headers: float | None = None  # and of what it sends before
     broken = ""  # resets the connection: at "once", or behind its "headers"
     answers: dict[str, int]  # status by path
     asked: list[tuple[str, str]]  # path and Range of each request
@@ -65,6 +66,15 @@ class Handler(BaseHTTPRequestHandler):
             self.send_error(404)
         else:
             self._send(file.read_bytes(), asked)
+
+    def flush_headers(self) -> None:
+        wait, buffer = self.server.drip_headers, getattr(self, "_headers_buffer", [])
+        for byte in b"".join(buffer) if wait is not None else b"":
+            self.wfile.write(bytes([byte]))
+            time.sleep(wait or 0)
+        if wait is not None:
+            buffer.clear()
+        super().flush_headers()
 
     def _send(self, data: bytes, asked: str) -> None:
         server, first, last = self.server, 0, len(data) - 1

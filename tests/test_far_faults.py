@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import time
@@ -108,6 +109,21 @@ def test_a_line_that_drips_is_cut(server, monkeypatch):
     server.drip = 0.02
     with pytest.raises(MachineError, match=r"then: \d+ bytes came in 0 s"):
         afar.read(folder / ONE, 0, 100)
+
+
+def test_headers_that_drip_are_cut(server, monkeypatch):
+    folder, (far,) = afar.arrive(server.url(ONE))
+    monkeypatch.setitem(wire.connect.__kwdefaults__, "timeout", 0.1)
+    server.drip_headers = 0.02
+    fault = wire.look_up(server.url(ONE))
+    assert fault.id == "env.unreachable"
+    assert re.fullmatch(r"no answer in 4 attempts: \d+ bytes of headers came in 0 s", fault.text)
+    with pytest.raises(MachineError, match=r"env.unreachable.*then: \d+ bytes of headers came"):
+        afar.read(folder / ONE, 0, 100)
+    server.drip_headers = 0.0001  # slow, and in time
+    monkeypatch.setitem(wire.connect.__kwdefaults__, "timeout", 5.0)
+    assert wire.look_up(server.url(ONE)) == far
+    assert afar.read(folder / ONE, 0, 100) == whole(server)[:100]
 
 
 @pytest.mark.parametrize(("date", "kept"), [("Thu, 01 Jan 2026 00:00:00 GMT", True), ("", False)])

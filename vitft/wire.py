@@ -10,7 +10,15 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
-from http.client import HTTPException, HTTPMessage, HTTPResponse
+from http.client import (
+    HTTPConnection,
+    HTTPException,
+    HTTPMessage,
+    HTTPResponse,
+    HTTPSConnection,
+)
+from io import BufferedReader
+from socket import socket
 from typing import Any, cast
 from urllib.parse import urlsplit
 
@@ -66,6 +74,60 @@ def hub() -> str:
 # -- one connection -------------------------------------------------------------------------------
 
 
+class _Lines:
+    """A reader whose lines must all be there in time, however they come."""
+
+    def __init__(self, stream: BufferedReader, seconds: float) -> None:
+        self.stream, self.seconds = stream, seconds
+        self.began, self.count = time.monotonic(), 0
+
+    def readline(self, limit: int) -> bytes:
+        """As of any file; peeking waits for the next bytes, not for a line of them."""
+        line = b""
+        while len(line) < limit and not line.endswith(b"\n") and (ahead := self.stream.peek(1)):
+            part = self.stream.readline(min(len(ahead), limit - len(line)))
+            line, self.count = line + part, self.count + len(part)
+            if (seconds := time.monotonic() - self.began) > self.seconds:
+                raise TimeoutError(f"{self.count:,} bytes of headers came in {seconds:.0f} s")
+        return line
+
+
+class _Answer(HTTPResponse):
+    """An answer that takes no longer for its headers than a connection may stand still."""
+
+    def __init__(self, sock: socket, *args: Any, **kwargs: Any) -> None:
+        super().__init__(sock, *args, **kwargs)
+        self.seconds = sock.gettimeout()
+
+    def begin(self) -> None:
+        """Reads the headers."""
+        body = self.fp
+        if self.seconds is not None:
+            self.fp = cast(BufferedReader, _Lines(body, self.seconds))
+        try:
+            super().begin()
+        finally:
+            self.fp = body
+
+
+class _Plain(HTTPConnection):
+    response_class = _Answer
+
+
+class _Safe(HTTPSConnection):
+    response_class = _Answer
+
+
+class _Http(urllib.request.HTTPHandler):
+    def http_open(self, req: urllib.request.Request) -> HTTPResponse:
+        return self.do_open(_Plain, req)
+
+
+class _Https(urllib.request.HTTPSHandler):
+    def https_open(self, req: urllib.request.Request) -> HTTPResponse:
+        return self.do_open(_Safe, req)
+
+
 class _Redirects(urllib.request.HTTPRedirectHandler):
     """A token is for the server it was given to, not for the one that it points at.
 
@@ -92,6 +154,12 @@ def connect(
 ) -> HTTPResponse:
     """An open answer. Only http and https, never file: or ftp:, also behind a redirection.
 
+    Args:
+        url: An address of the web.
+        headers: Sent too.
+        method: Of the request.
+        timeout: Seconds without a byte, and seconds until all headers of an answer are there.
+
     Raises:
         OSError, HTTPException: As urllib.
         ValueError: Another kind of address.
@@ -101,7 +169,7 @@ def connect(
     request = urllib.request.Request(
         url, headers={"User-Agent": "vitft"} | token(url) | (headers or {}), method=method
     )
-    opener = urllib.request.build_opener(_Redirects())
+    opener = urllib.request.build_opener(_Redirects(), _Http(), _Https())
     return cast(HTTPResponse, opener.open(request, timeout=timeout))
 
 
