@@ -480,13 +480,24 @@ def test_addresses_that_would_end_badly_are_refused(root, words):
         assert "hidden" not in str(caught.value) or "names .b" in text
 
 
-def test_braces_that_a_shell_took_apart_are_not_the_last_file_alone(capsys):
+@pytest.mark.parametrize("command", ["run", "check", "in Python"])
+def test_braces_that_a_shell_took_apart_are_not_the_last_file_alone(tmp_path, capsys, command):
+    file = tmp_path / "own.yaml"
+    file.write_text("mode: probe\ndata: {root: photos}\n")
     roots = [f"data.root=https://host/{k}.tar" for k in range(3)]
-    assert cli.door(lambda argv: 0, ["recipe.yaml", *roots]) == 2
-    said = capsys.readouterr().err
-    assert "3 addresses, https://host/0.tar the first: a shell expands braces" in said
-    assert "fix: put the address in quotes" in said
-    assert cli.door(lambda argv: 0, ["recipe.yaml", roots[0]]) == 0
+    if command == "in Python":
+        with pytest.raises(RecipeError) as caught:
+            recipe.load(file, roots)
+        said = str(caught.value)
+    else:
+        assert cli.main([command, str(file), *roots]) == 2
+        said = capsys.readouterr().err
+    assert said.strip() == (
+        "error[data.address] data.root: 3 addresses, https://host/0.tar the first: a shell expands "
+        "braces\nfix: put the address in quotes: 'data.root=https://host/train-{0000..0031}.tar'"
+    )
+    assert recipe.load(file, ["data.root=photos", roots[0]]).data.root == roots[0][10:]
+    assert recipe.load(file, [*roots[:1], "data.root=sample:flowers"]).data.root == "sample:flowers"
 
 
 # -- tables ---------------------------------------------------------------------------------------

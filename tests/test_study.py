@@ -128,6 +128,22 @@ def test_every_arm_of_every_study_is_a_recipe_that_loads(path, full, tmp_path):
     assert len(set(arms.values())) == len(arms)
 
 
+def test_a_user_may_say_an_address_anew_and_only_one(tmp_path):
+    (tmp_path / "base.yaml").write_text("mode: probe\ndata: {root: photos}\n")
+    a, b, c = (f"data.root=https://host/{name}.tar" for name in "abc")
+    plan = study.Plan(
+        question="?", base="base.yaml", arms={"x": (), "y": (b,)}, changes=(a, b), seeds=(0,)
+    )
+    path = tmp_path / "study.yaml"
+    assert study.base_recipe(plan, path).data.root == b[10:]
+    assert study.base_recipe(plan, path, [c]).data.root == c[10:]
+    splits = {1.0: tmp_path / "split.csv"}
+    made = study.trials_of(plan, path, tmp_path, splits, [c])
+    assert [trial.spec.data.root for trial in made] == [c[10:]] * 2
+    with pytest.raises(RecipeError, match=r"data.address.*2 addresses, https://host/b.tar the"):
+        study.base_recipe(plan, path, [b, c])
+
+
 def test_both_studies_are_there():
     assert [p.stem for p in STUDIES] == ["data", "position"]
 

@@ -87,7 +87,6 @@ def door(main: Main, argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in flags
     try:
         with _signals():
-            _require_one_address(argv)
             code = main(argv)
             sys.stdout.flush()
             return code
@@ -135,15 +134,6 @@ def _common(argv: Sequence[str]) -> tuple[list[str], set[str]]:
     end = argv.index("--") if "--" in argv else len(argv)
     flags = {arg for arg in argv[:end] if arg in ("--debug", "--quiet", "--version")}
     return [a for a in argv[:end] if a not in flags] + argv[end:], flags
-
-
-def _require_one_address(argv: Sequence[str]) -> None:
-    """The last of several overrides counts, and a shell makes several of `root=.../{0..31}.tar`."""
-    roots = [arg for arg in argv if arg.startswith("data.root=") and "://" in arg]
-    if len(roots) > 1:
-        text = f"{len(roots):,} addresses, {roots[0][10:]} the first: a shell expands braces"
-        fix = "put the address in quotes: 'data.root=https://host/train-{0000..0031}.tar'"
-        raise RecipeError.of("data.address", "data.root", text, fix)
 
 
 def _print_versions(argv: Sequence[str]) -> int:

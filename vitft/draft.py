@@ -8,6 +8,7 @@ one.
 import os
 import re
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
@@ -48,6 +49,11 @@ class Spot:
     order: tuple[int, int, int]
 
 
+def key_of(override: str) -> str:
+    """What an `a.b=c` sets."""
+    return override.partition("=")[0].strip()
+
+
 @dataclass
 class Draft:
     """Values before the check, their spots, and the faults so far."""
@@ -63,8 +69,22 @@ class Draft:
         spot = self.spots.get(near, Spot(dotted(key), "", Path(), (2, 0, 0)))
         self.faults.append((spot.order, Fault(f"recipe.{id}", spot.place, text, fix)))
 
-    def override(self, override: str) -> None:
-        """Sets one `a.b=c`."""
+    def override(self, overrides: Sequence[str]) -> None:
+        """Sets one `a.b=c` after the other; the last of several for one key counts.
+
+        Not of several addresses: a shell makes them of `data.root=https://host/{0..31}.tar`.
+        """
+        for override in overrides:
+            self._set(override)
+        roots = [o.partition("=")[2].strip() for o in overrides if key_of(o) == "data.root"]
+        far = [root for root in roots if "://" in root]
+        if len(far) > 1:
+            text = f"{len(far):,} addresses, {far[0]} the first: a shell expands braces"
+            fix = "put the address in quotes: 'data.root=https://host/train-{0000..0031}.tar'"
+            order = (1, self.overrides, 1)
+            self.faults.append((order, Fault("data.address", "data.root", text, fix)))
+
+    def _set(self, override: str) -> None:
         name, equals, raw = override.partition("=")
         key = tuple(name.strip().split("."))
         self.overrides += 1

@@ -52,7 +52,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         overrides: Such as `train.lr=1e-4`; the last of several for one key counts.
 
     Raises:
-        RecipeError: With every fault found.
+        RecipeError: With every fault found; `data.address`: several addresses for data.root, as a
+            shell makes them of braces without quotes.
     """
     path = Path(path)
     return parse(read(path), str(path), path.parent, overrides, path=path)
@@ -91,8 +92,7 @@ def parse(
         RecipeError: With every fault found.
     """
     draft = drafted(text, name, Path(base_dir))
-    for override in overrides:
-        draft.override(override)
+    draft.override(overrides)
     _check_version(draft)
     resolve_paths(draft)
     draft.data.setdefault("name", _slug(Path(name).stem))

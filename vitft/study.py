@@ -27,6 +27,7 @@ from vitft import compare, console, io, pages, prepare, recipe, run, strict_yaml
 from vitft.assign import COLUMNS
 from vitft.charts import Chart, Series
 from vitft.console import say
+from vitft.draft import key_of
 from vitft.errors import RecipeError, escape
 from vitft.folders import instead
 from vitft.kinds import Section, Seed, Text
@@ -139,7 +140,15 @@ def load(path: Path, *, full: bool = False) -> Plan:
 
 def base_recipe(plan: Plan, path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The base with the study's changes and the user's, of which the user's count last."""
-    return recipe.load(path.parent / plan.base, [*plan.changes, *overrides])
+    said = {key_of(change) for change in overrides}
+    ours = [change for change in lasting(plan.changes) if key_of(change) not in said]
+    return recipe.load(path.parent / plan.base, [*ours, *overrides])
+
+
+def lasting(changes: Sequence[str]) -> list[str]:
+    """Of several for one key the last."""
+    last = {key_of(change): n for n, change in enumerate(changes)}
+    return [change for n, change in enumerate(changes) if last[key_of(change)] == n]
 
 
 def trials_of(
@@ -157,7 +166,7 @@ def trials_of(
                 name = re.sub(r"[^\w.-]+", "_", f"{arm}-{share:g}-{seed}").strip("_.-")
                 own = (f"name={name}", f"seed={seed}", f"output={folder / 'runs'}",
                        f"data.split={splits[share]}")  # fmt: skip
-                every = [*plan.changes, *changes, *QUIET, *overrides, *own]
+                every = lasting([*plan.changes, *changes, *QUIET, *overrides, *own])
                 made.append(Trial(arm, share, seed, recipe.load(path.parent / plan.base, every)))
     return made
 
