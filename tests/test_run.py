@@ -291,8 +291,11 @@ def test_resume_auto_does_not_start_beside_a_run_under_way(tiny_recipe, tmp_path
     assert run(tiny_recipe("full"), resume="auto").folder != young
 
 
-def test_keys_that_nothing_acts_on_are_warned_of(tiny_recipe, caplog):
+def test_keys_that_nothing_acts_on_are_warned_of(tiny_recipe, caplog, monkeypatch):
+    asked, idle = [], conflicts.idle
+    monkeypatch.setattr(conflicts, "idle", lambda r: asked.append(r) or idle(r))
     p = prepare.prepare(tiny_recipe("probe"))
+    assert len(asked) == 1
     about_training, about_views = conflicts.idle(p.recipe)
     assert p.warnings == (about_training, about_views)
     assert about_training.startswith("nothing acts on train.epochs, train.batch_size, train.opt,")

@@ -18,7 +18,6 @@ from pathlib import Path
 
 from vitft import (
     card,
-    conflicts,
     console,
     data,
     io,
@@ -121,7 +120,7 @@ def check_recipe(path: Path, options: Options, overrides: Sequence[str] = ()) ->
         VitftError: As above; a recipe that cannot be read ends the check at once.
     """
     settled = offline.settle(recipe.load(path, overrides))
-    for text in (*settled.warnings, *conflicts.idle(settled.recipe)):
+    for text in settled.warnings:
         warn(text)
     spec = settled.recipe
     lines: list[str] = []

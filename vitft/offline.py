@@ -3,7 +3,7 @@
 Each part is settled on its own and within seconds. A user's own folder or weights file is never
 replaced: only names that need a network (`flower_photos`, a timm tag, `hf-hub:`) can fall back, and
 only to what the recipe's `offline:` block says. What was replaced is returned as warnings, for the
-console, the report and `metrics.json`.
+console, the report and `metrics.json`; so is what nothing acts on.
 """
 
 import os
@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from vitft import afar, ahead, columns, containers, fetch, model
+from vitft import afar, ahead, columns, conflicts, containers, fetch, model
 from vitft.addresses import is_far
 from vitft.console import say, track
 from vitft.errors import DataError, Fault, MachineError
@@ -25,11 +25,11 @@ PATIENCE = 8.0  # seconds to decide whether a host answers
 
 @dataclass(frozen=True)
 class Settled:
-    """A recipe that this machine can run, and what it had to give up for that.
+    """A recipe that this machine can run, and what its owner should know before it does.
 
     Attributes:
         recipe: With `model` and `data.root` replaced where they had to be.
-        warnings: One sentence per replacement.
+        warnings: One sentence per replacement, and per section with keys that nothing acts on.
     """
 
     recipe: Recipe
@@ -77,7 +77,8 @@ def settle(recipe: Recipe, *, fallback: bool = True) -> Settled:
             faults.append(_missing_data(recipe))
     if faults:
         raise MachineError(faults)
-    return Settled(recipe.model_copy(update=changes), tuple(warnings))
+    settled = recipe.model_copy(update=changes)
+    return Settled(settled, (*warnings, *conflicts.idle(settled)))
 
 
 def data_root(root: str) -> Path:

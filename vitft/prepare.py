@@ -13,7 +13,7 @@ import torch
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import nn
 
-from vitft import __version__, conflicts, data, model, offline, pace, product
+from vitft import __version__, data, model, offline, pace, product
 from vitft.addresses import is_far
 from vitft.console import say, warn
 from vitft.errors import DataError, MachineError, RecipeError
@@ -171,7 +171,7 @@ def _look_afar(recipe: Recipe, ranks: Ranks) -> None:
 
 def _settled(recipe: Recipe, fallback: bool) -> tuple[offline.Settled, data.Index]:
     settled = offline.settle(recipe, fallback=fallback)
-    for text in (*settled.warnings, *conflicts.idle(settled.recipe)):
+    for text in settled.warnings:
         warn(text)
     for spec in model.sources(settled.recipe.model):
         model.locate(spec)  # a missing file is said before photographs are read
@@ -199,7 +199,7 @@ def _build(
         decode=data.decode_spec(recipe.data),
         plain_transform=plain(built.input, kind, recipe.data.resize),
         train_transform=augmented(built.input, recipe.train, kind, recipe.data.resize),
-        warnings=(*settled.warnings, *conflicts.idle(recipe), *index.ledger.warnings),
+        warnings=(*settled.warnings, *index.ledger.warnings),
         ranks=ranks,
     )
     _check_trainable(prepared)
