@@ -234,6 +234,14 @@ def test_a_slow_line_makes_no_photograph_bad(server, monkeypatch):
     assert [content.fault for content in found] == [None] * 3
 
 
+def test_a_first_scan_looks_once_for_what_tells_a_photograph_from_others(server, monkeypatch):
+    root, asked, mark = offline.data_root(server.url(SHARDS)), [], containers.mark
+    monkeypatch.setattr(containers, "mark", lambda path: asked.append(path) or mark(path))
+    assert len(scan(root).paths) == len(asked) == len(set(asked)) == 60
+    assert len(scan(root).paths) == 60
+    assert len(asked) == 120
+
+
 def test_a_scan_that_the_network_ended_is_not_all_for_nothing(server):
     root = offline.data_root(server.url(SHARDS))
     shards.read_shards(root, "wds", split="auto")

@@ -109,7 +109,8 @@ def _cores() -> int:
 
 
 def _examine(root: Path, path: str, memory: "_Memory") -> Content:
-    if (met := memory.met_afar(root / path)) is not None:
+    mark = containers.mark(root / path) if memory.afar else ""
+    if (met := memory.met_afar(mark)) is not None:
         return Content(path, *met)
     try:
         with unhurried() if memory.afar else nullcontext():
@@ -117,7 +118,7 @@ def _examine(root: Path, path: str, memory: "_Memory") -> Content:
     except BadImage as error:
         return Content(path, "", None, error.faults[0])
     digest = sha256(data).hexdigest()
-    memory.note(root / path, digest)
+    memory.note(mark, digest)
     try:
         return Content(path, digest, memory.verdict(digest, data, root / path))
     except BadImage as error:
@@ -142,18 +143,18 @@ class _Memory:
         self.hashes = _load(self.afar) if self.afar else {}  # mark -> sha256
         self.noted = False
 
-    def met_afar(self, file: Path) -> tuple[str, Verdict] | None:
+    def met_afar(self, mark: str) -> tuple[str, Verdict] | None:
         """Hash and verdict of a photograph afar that an earlier scan read."""
-        digest = self.hashes.get(containers.mark(file)) if self.hashes else None
+        digest = self.hashes.get(mark)
         if digest is None or digest not in self.known:
             return None
         self.met[digest] = self.known[digest]
         return digest, self.known[digest]
 
-    def note(self, file: Path, digest: str) -> None:
+    def note(self, mark: str, digest: str) -> None:
         """Keeps the hash of a photograph afar."""
         if self.afar is not None:
-            self.hashes[containers.mark(file)] = digest
+            self.hashes[mark] = digest
             self.noted = True
 
     def verdict(self, digest: str, data: bytes, place: Path) -> Verdict:
