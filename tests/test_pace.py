@@ -105,10 +105,12 @@ class Watched(pace.Paced):
 @pytest.fixture
 def compiler(monkeypatch):
     """torch.compile, replaced: what it was given, and whether it fails."""
-    calls = {"fails": False, "given": []}
+    calls = {"fails": "", "given": []}
 
     def compiled(forward, dynamic):
         calls["given"].append(forward)
+        if calls["fails"] == "at once":
+            raise RuntimeError("torch.compile is not supported on this Python")
 
         def fast(x):
             if calls["fails"]:
@@ -135,14 +137,23 @@ def test_it_is_compiled_in_mid_pass_once_that_pays(compiler, monkeypatch):
     assert len(compiler["given"]) == 1
 
 
-def test_a_forward_that_cannot_be_compiled_goes_on_and_says_so(compiler, monkeypatch, caplog):
-    compiler["fails"] = True
+@pytest.mark.parametrize(
+    ("fails", "said"),
+    [
+        ("later", "Failed to find C compiler. Please specify one"),
+        ("at once", "torch.compile is not supported on this Python"),
+    ],
+)
+def test_a_forward_that_cannot_be_compiled_goes_on_and_says_so(
+    compiler, monkeypatch, caplog, fails, said
+):
+    compiler["fails"] = fails
     monkeypatch.setattr(pace, "pays", lambda *a: True)
     with caplog.at_level("WARNING", logger="vitft"):
         assert results(Watched(lambda x: x, 100), 14) == [0.0] * 14
     assert caplog.messages == [
         "error[env.not_compiled] cuda:0: the backbone was not compiled, and goes on as before, "
-        "slower: RuntimeError: Failed to find C compiler. Please specify one\n"
+        f"slower: RuntimeError: {said}\n"
         "fix: give this torch what it compiles with (Triton, a C++ compiler), or leave it as it is"
     ]
 

@@ -607,7 +607,7 @@ def test_several_ranks_compile_from_the_start_where_a_run_is_long_and_never_a_he
     assert compiles(TrainSpec(compile=True), head, torch.device("cpu"), 1)
 
 
-def watched(monkeypatch, backend, *, spec=None, left=None):
+def watched(monkeypatch, backend, *, net=None, spec=None, left=None):
     """A run on this CPU that is timed as if it were on CUDA; compiling pays with `left` to come."""
     asked = []
 
@@ -617,12 +617,14 @@ def watched(monkeypatch, backend, *, spec=None, left=None):
 
     def compile_task(self, mode, dynamic):
         assert (mode, dynamic) == (None, False)
+        if backend is None:
+            raise RuntimeError("torch.compile is not supported on this Python")
         self.trainable_module = torch.compile(self.trainable_module, backend=backend)
         self.eval_model = self.trainable_module
 
     monkeypatch.setattr(pace, "pays", pays)
     monkeypatch.setattr(ClassificationTask, "compile", compile_task)
-    t = trainer(network(), spec={"compile": "auto"} | (spec or {}))
+    t = trainer(net or network(), spec={"compile": "auto"} | (spec or {}))
     t.stepper.watch.watching = True
     return t, t.fit(), asked
 
@@ -648,19 +650,68 @@ def test_a_run_is_compiled_in_its_midst_once_that_pays(monkeypatch, caplog):
     assert len(graphs) == 1  # it would not have paid
 
 
-def test_where_no_compiler_is_a_run_goes_on_without_and_says_so(monkeypatch, caplog):
+def assert_as_before(said, caplog, t, plain):
+    (told,) = [m for m in caplog.messages if "env.not_compiled" in m]
+    assert told.startswith("error[env.not_compiled] cpu: the model was not compiled, and goes on")
+    assert said in told
+    assert not any("out of memory: going on" in m for m in caplog.messages)
+    assert not t.stepper.compiled
+    a, b = t.net.state_dict(), plain.net.state_dict()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_where_no_compiler_is_a_run_goes_on_without_and_says_so(monkeypatch, caplog, at_once):
     def backend(graph, inputs):
         raise RuntimeError("Failed to find C compiler")
 
     plain = trainer(network())
     plain.fit()
-    t, _, _ = watched(monkeypatch, backend)
-    (said,) = [m for m in caplog.messages if "env.not_compiled" in m]
-    assert said.startswith("error[env.not_compiled] cpu: the model was not compiled, and goes on")
-    assert "Failed to find C compiler" in said
-    assert not t.stepper.compiled
-    for a, b in zip(t.net.parameters(), plain.net.parameters(), strict=True):
-        assert torch.equal(a, b)
+    t, _, _ = watched(monkeypatch, None if at_once else backend)
+    said = "torch.compile is not supported" if at_once else "Failed to find C compiler"
+    assert_as_before(said, caplog, t, plain)
+
+
+def test_X8_memory_that_only_a_compiler_lacks_neither_ends_a_run_nor_cuts_its_batches(
+    monkeypatch, caplog
+):
+    """Nobody asked for it, and the batch was fine; with batch normalisation the run would end."""
+
+    def backend(graph, inputs):
+        raise torch.cuda.OutOfMemoryError("no room to compile")
+
+    plain = trainer(normalised())
+    plain.fit()
+    t, result, _ = watched(monkeypatch, backend, net=normalised())
+    assert_as_before("OutOfMemoryError", caplog, t, plain)
+    assert result.splits == 1
+
+
+def test_a_compiler_that_fails_behind_the_forward_leaves_no_batch_in_the_statistics(
+    monkeypatch, caplog
+):
+    class Late(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise RuntimeError("no backward")
+
+    class Compiled(nn.Module):
+        def __init__(self, net, **kwargs):
+            super().__init__()
+            self._orig_mod = net
+
+        def forward(self, x):
+            return Late.apply(self._orig_mod(x))
+
+    plain = trainer(normalised())
+    plain.fit()
+    monkeypatch.setattr(torch, "compile", Compiled)
+    t, _, _ = watched(monkeypatch, "late", net=normalised())
+    assert_as_before("no backward", caplog, t, plain)
 
 
 @pytest.mark.parametrize("spec", [{"compile": False}, {"compile": "auto"}])

@@ -162,8 +162,8 @@ class Paced:
 
     def _compile(self, x: Tensor) -> None:
         say(compiling("the backbone", self.left, "batches"))
-        compiled = torch.compile(self.forward, dynamic=False)
         try:
+            compiled = torch.compile(self.forward, dynamic=False)
             compiled(x)
         except Exception as error:  # whatever a compiler may raise: the eager forward is there
             warn(str(not_compiled(self.device, "the backbone", error)))

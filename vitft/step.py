@@ -136,10 +136,17 @@ class Stepper:
             found = self._fitting(pending, count)
         left = self.updates - self.state.step - 1
         if self.watch.pays(left):
-            say(pace.compiling("the model", left, "updates"))
-            self._compile()
-            self.on_trial = True
+            self._try_compiled(left)
         return found
+
+    def _try_compiled(self, left: int) -> None:
+        """From here on, unless that fails; torch may refuse at once, or with the next batch."""
+        say(pace.compiling("the model", left, "updates"))
+        self.on_trial = True
+        try:
+            self._compile()
+        except Exception as error:
+            self._uncompile(error)
 
     def _fitting(self, pending: list[Batch], count: int) -> tuple[Tensor, Tensor]:
         """In as many parts as memory asks for."""
@@ -169,19 +176,27 @@ class Stepper:
     ) -> tuple[Tensor, Tensor] | None:
         """As `_gradients`; None where memory ran out, be it a compiler that needed it.
 
+        One that nobody asked for is let go first: what it needed may have been there without it.
         Once this has returned, the error is gone, and with it the activations that its traceback
         held; only then does emptying the cache free them.
         """
+        statistics = self._statistics() if self.on_trial else []
         try:
-            found = self._gradients(pending, count, alone=alone)
+            return self._gradients(pending, count, alone=alone)
         except Exception as error:
-            if _ran_out(error):
-                return None
-            if not self.on_trial:
+            if not self.on_trial and not _ran_out(error):
                 raise
+            if not self.on_trial:
+                return None
             self._uncompile(error)
-            found = self._gradients(pending, count, alone=alone)
-        return found
+        for buffer, before in statistics:
+            buffer.copy_(before)
+        return self._tried(pending, count, alone=alone)
+
+    def _statistics(self) -> list[tuple[Tensor, Tensor]]:
+        """What a forward pass changes, and what it was: a backward that fails comes too late."""
+        buffers = (buffer for norm in batch_norms(self.net) for buffer in norm.buffers())
+        return [(buffer, buffer.clone()) for buffer in buffers]
 
     def _uncompile(self, error: Exception) -> None:
         """Goes on without, where a compiler that nobody asked for has failed."""
