@@ -397,6 +397,32 @@ def test_compiled_code_sees_one_shape_and_is_made_once(monkeypatch):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("count", [3, 5])
+def test_an_epoch_of_one_batch_of_any_size_is_compiled(monkeypatch, count):
+    """Two hundred photographs on a GPU, where a batch has 256; or with the last joined to it."""
+    sizes = []
+
+    def backend(graph, inputs):
+        sizes.extend(len(t) for t in inputs if t.dim() == 2 and t.shape[1] == WIDTH)
+        return graph.forward
+
+    class Few(Rows):
+        def __len__(self):
+            return 1
+
+        def epoch(self, epoch, start=0):
+            rows = torch.arange(count)
+            yield self.x[rows], self.y[rows], rows
+
+    def compile_task(self, mode, dynamic):
+        module = self.trainable_module
+        self.trainable_module = torch.compile(module, backend=backend, dynamic=dynamic)
+
+    monkeypatch.setattr(ClassificationTask, "compile", compile_task)
+    trainer(network(), Few(), spec={"compile": True}).fit()
+    assert count in sizes
+
+
 @pytest.mark.parametrize(("given", "mode"), [(True, None), ("reduce-overhead", "reduce-overhead")])
 def test_graphs_are_asked_for_by_name(monkeypatch, given, mode):
     asked = []
@@ -648,6 +674,32 @@ def test_a_run_is_compiled_in_its_midst_once_that_pays(monkeypatch, caplog):
         torch.testing.assert_close(a, b)
     watched(monkeypatch, backend, left=total - timed + 1)
     assert len(graphs) == 1  # it would not have paid
+
+
+def test_what_comes_between_epochs_is_no_waiting_for_photographs(monkeypatch):
+    """Six updates an epoch: the eight that are timed lie on both sides of one's end."""
+    clock = [0.0]
+    monkeypatch.setattr(pace.time, "perf_counter", lambda: clock[0])
+    asked, t = [], trainer(network(), spec={"compile": "auto", "epochs": 3})
+    monkeypatch.setattr(pace, "pays", lambda *given: asked.append(given))
+    gradients, validate, t.stepper.watch.watching = t.stepper._gradients, t.validate, True
+
+    def slow(work, seconds):
+        def slowly(*args, **kwargs):
+            clock[0] += seconds
+            return work(*args, **kwargs)
+
+        return slowly
+
+    monkeypatch.setattr(t.stepper, "_gradients", slow(gradients, 2.0))
+    t.validate = slow(validate, 1000.0)
+    t.batches.epoch = lambda epoch, start=0: (
+        slow(lambda b: b, 0.5)(batch) for batch in Rows().epoch(epoch, start)
+    )
+    t.fit()
+    ((_, left, seconds, waited, _),) = asked
+    assert (left, seconds) == (7, pytest.approx(2.0))
+    assert waited == pytest.approx(0.5 * 7 / 8)
 
 
 def assert_as_before(said, caplog, t, plain):

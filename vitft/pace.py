@@ -114,9 +114,14 @@ class Watch:
         self.ended = time.perf_counter()
 
     @contextmanager
-    def timed(self) -> Iterator[None]:
-        """Around the work; what is timed waits for the device."""
+    def timed(self, *, rested: bool = False) -> Iterator[None]:
+        """Around the work; what is timed waits for the device.
+
+        Args:
+            rested: Something else than waiting for photographs came before, such as validation.
+        """
         started = time.perf_counter()
+        self.ended = started if rested else self.ended
         yield
         if not self.watching:
             return

@@ -49,6 +49,7 @@ class Stepper:
         seed: Of the run.
         batch_size: Rows of a whole batch, of all ranks.
         updates: Per epoch.
+        single: An epoch is one batch, most often smaller than a whole one.
         soft: Targets are [B, C] probabilities (mixup, cutmix), not class numbers.
         class_weight: [C] float32 loss weights, or None.
         ranks: The processes of this run; all of them make the same updates.
@@ -63,12 +64,13 @@ class Stepper:
         seed: int,
         batch_size: int,
         updates: int,
+        single: bool = False,
         soft: bool = False,
         class_weight: Tensor | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
         self.net, self.spec, self.state, self.seed = net, spec, state, seed
-        self.soft, self.ranks = soft, ranks
+        self.single, self.soft, self.ranks = single, soft, ranks
         self.share = len(ranks.share(batch_size, pairs=soft))
         self.device = next(net.parameters()).device
         self.optimizer = make_optimizer(net, spec)
@@ -130,9 +132,11 @@ class Stepper:
         Raises:
             MachineError: `env.gpu_memory`: single images do not fit, or the batch must stay whole.
         """
+        if self.single:
+            self.share = len(pending[0][0])
         if self.rehearsals:
             self._rehearse(pending)
-        with self.watch.timed():
+        with self.watch.timed(rested=self.state.batch <= len(pending)):  # the first of its epoch
             found = self._fitting(pending, count)
         left = self.updates - self.state.step - 1
         if self.watch.pays(left):

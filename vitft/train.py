@@ -131,6 +131,7 @@ class Trainer:
             seed=seed,
             batch_size=batches.batch_size,
             updates=math.ceil(len(batches) / spec.accumulate),
+            single=len(batches) == 1,
             soft=soft,
             class_weight=class_weight,
             ranks=ranks,
