@@ -3,6 +3,7 @@
 import copy
 import math
 import weakref
+from functools import partialmethod
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from timm.task import ClassificationTask
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vitft import checkpoint, pace, step
+from vitft import checkpoint, pace, progress, step
 from vitft.errors import DivergedError, MachineError, RecipeError, WeightsError
 from vitft.inputs import permutation
 from vitft.ranks import Ranks
@@ -231,8 +232,15 @@ def test_X8_memory_that_runs_out_while_compiling_halves_the_parts_too(monkeypatc
     plain, split = network(), network()
     plain[2].p = split[2].p = 0.0
     if missing != "memory":
-        with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=missing):
+        with pytest.raises(MachineError) as caught:
             trainer(split, spec={"ema": None, "compile": True}).fit()
+        told, fix = str(caught.value).split("\nfix: ")
+        assert told.startswith("error[env.not_compiled] cpu: the model cannot be compiled: Backend")
+        assert missing in told
+        assert fix == (
+            "give this torch what it compiles with (Triton, a C++ compiler), or set "
+            "train.compile: false"
+        )
         return
     assert trainer(split, spec={"ema": None, "compile": True}).fit().splits == 2
     trainer(plain, spec={"ema": None, "compile": False}).fit()
@@ -395,6 +403,17 @@ def test_compiled_code_sees_one_shape_and_is_made_once(monkeypatch):
     assert (SIZE, WIDTH) in sizes[0]
     for a, b in zip(net.parameters(), eager.parameters(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_a_torch_that_refuses_to_compile_what_was_asked_for_is_named(monkeypatch):
+    def refuse(self, **kwargs):
+        raise RuntimeError("not supported on this Python")
+
+    monkeypatch.setattr(ClassificationTask, "compile", refuse)
+    with pytest.raises(
+        MachineError, match=r"env.not_compiled.*cannot be compiled: RuntimeError: n"
+    ):
+        trainer(network(), spec={"compile": True})
 
 
 @pytest.mark.parametrize("count", [3, 5])
@@ -633,6 +652,13 @@ def test_several_ranks_compile_from_the_start_where_a_run_is_long_and_never_a_he
     assert compiles(TrainSpec(compile=True), head, torch.device("cpu"), 1)
 
 
+def compiled_by(task, backend, mode, dynamic):
+    """In place of timm's."""
+    assert (mode, dynamic) == (None, False)
+    task.trainable_module = torch.compile(task.trainable_module, backend=backend)
+    task.eval_model = task.trainable_module
+
+
 def watched(monkeypatch, backend, *, net=None, spec=None, left=None):
     """A run on this CPU that is timed as if it were on CUDA; compiling pays with `left` to come."""
     asked = []
@@ -642,11 +668,9 @@ def watched(monkeypatch, backend, *, net=None, spec=None, left=None):
         return left is None or times == left
 
     def compile_task(self, mode, dynamic):
-        assert (mode, dynamic) == (None, False)
         if backend is None:
             raise RuntimeError("torch.compile is not supported on this Python")
-        self.trainable_module = torch.compile(self.trainable_module, backend=backend)
-        self.eval_model = self.trainable_module
+        compiled_by(self, backend, mode, dynamic)
 
     monkeypatch.setattr(pace, "pays", pays)
     monkeypatch.setattr(ClassificationTask, "compile", compile_task)
@@ -674,6 +698,44 @@ def test_a_run_is_compiled_in_its_midst_once_that_pays(monkeypatch, caplog):
         torch.testing.assert_close(a, b)
     watched(monkeypatch, backend, left=total - timed + 1)
     assert len(graphs) == 1  # it would not have paid
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_run_compiled_in_its_midst_is_kept_and_gone_on_with_as_any_other(
+    monkeypatch, tmp_path, accumulate, soft
+):
+    def mixed(rows):
+        rows.y = nn.functional.one_hot(rows.y, CLASSES) * 0.7 + 0.1 if soft else rows.y
+        return {"rows": rows, "soft": soft}
+
+    def save(snapshot):
+        saved.append((t.stepper.compiled, checkpoint.save(tmp_path, snapshot, identity={}, keep=9)))
+
+    spec = {"accumulate": accumulate, "epochs": 3 * accumulate, "compile": "auto"}
+    plain = trainer(network(), spec=spec, **mixed(Rows()))
+    plain.validate = on(Rows())
+    whole, saved = plain.fit(), []
+    monkeypatch.setattr(pace, "pays", lambda *given: True)
+    monkeypatch.setattr(ClassificationTask, "compile", partialmethod(compiled_by, "aot_eager"))
+    t = trainer(network(), spec=spec, save=save, **mixed(Rows()))
+    t.validate, t.stepper.watch.watching = on(Rows()), True
+    found = t.fit()
+    before, after = saved[0], saved[-2]
+    assert (before[0], after[0], t.stepper.compiled) == (False, True, True)
+    kept = checkpoint.load(after[1], identity={})
+    assert (
+        kept.tensors.keys() == progress.snapshot(plain.state, plain.stepper.moving).tensors.keys()
+    )
+    again = trainer(network(), spec=spec, **mixed(Rows()))
+    again.validate = on(Rows())
+    for result, other in ((found, t), (again.fit(kept), again)):
+        assert result.best["epoch"] == whole.best["epoch"]
+        a, b = other.net.state_dict(), plain.net.state_dict()
+        assert a.keys() == b.keys()
+        torch.testing.assert_close(a, b)
+        average = other.stepper.moving.average.state_dict()
+        torch.testing.assert_close(average, plain.stepper.moving.average.state_dict())
 
 
 def test_what_comes_between_epochs_is_no_waiting_for_photographs(monkeypatch):

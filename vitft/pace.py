@@ -181,9 +181,14 @@ def compiling(what: str, left: int, of: str) -> str:
     return f"compiling {what} for {left:,} more {of}, about {COST:.0f} s"
 
 
-def not_compiled(device: torch.device, what: str, error: Exception) -> VitftError:
-    """What is said where it failed and was not asked for."""
+def not_compiled(
+    device: torch.device, what: str, error: Exception, *, asked: bool = False
+) -> VitftError:
+    """What is said where it failed; an error where nothing else was `asked` for."""
     said = " ".join(str(error).split()) or "without a word"
-    text = f"{what} was not compiled, and goes on as before, slower: {type(error).__name__}: "
-    fix = "give this torch what it compiles with (Triton, a C++ compiler), or leave it as it is"
-    return MachineError.of("env.not_compiled", device, text + said[:300], fix)
+    text = f"{what} {'cannot be' if asked else 'was not'} compiled"
+    text += ": " if asked else ", and goes on as before, slower: "
+    other = "set train.compile: false" if asked else "leave it as it is"
+    fix = f"give this torch what it compiles with (Triton, a C++ compiler), or {other}"
+    text += f"{type(error).__name__}: {said[:300]}"
+    return MachineError.of("env.not_compiled", device, text, fix)

@@ -87,13 +87,22 @@ class Stepper:
         self.watch.watching &= spec.compile == "auto" and ranks.world == 1
         self.watch.watching &= not isinstance(net, nn.Linear)
         if self.compiled:
-            self._compile()
+            self._compile_as_asked()
         if ranks.world > 1:
             self._join()
         self.rehearsals = REHEARSED if ranks.world > 1 else 0
         self.precision = precision(spec, self.device)
         half = self.precision is torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
+
+    def _compile_as_asked(self) -> None:
+        try:
+            self._compile()
+        except Exception as error:
+            raise self._not_compiled(error) from error
+
+    def _not_compiled(self, error: Exception) -> VitftError:
+        return pace.not_compiled(self.device, "the model", error, asked=not self.on_trial)
 
     def _compile(self) -> None:
         """The model; not the loss, and not the update."""
@@ -131,6 +140,7 @@ class Stepper:
 
         Raises:
             MachineError: `env.gpu_memory`: single images do not fit, or the batch must stay whole.
+                `env.not_compiled`: it was asked for, and failed.
         """
         if self.single:
             self.share = len(pending[0][0])
@@ -188,10 +198,12 @@ class Stepper:
         try:
             return self._gradients(pending, count, alone=alone)
         except Exception as error:
-            if not self.on_trial and not _ran_out(error):
-                raise
-            if not self.on_trial:
+            if not self.on_trial and _ran_out(error):
                 return None
+            if not self.on_trial and self.compiled and _is_of_compiler(error):
+                raise self._not_compiled(error) from error
+            if not self.on_trial:
+                raise
             self._uncompile(error)
         for buffer, before in statistics:
             buffer.copy_(before)
@@ -204,7 +216,7 @@ class Stepper:
 
     def _uncompile(self, error: Exception) -> None:
         """Goes on without, where a compiler that nobody asked for has failed."""
-        warn(str(pace.not_compiled(self.device, "the model", error)))
+        warn(str(self._not_compiled(error)))
         self.task.trainable_module = self.task.eval_model = self.net
         self.compiled = self.on_trial = False
 
@@ -312,6 +324,13 @@ def _ran_out(error: BaseException | None) -> bool:
     while error is not None and not isinstance(error, torch.cuda.OutOfMemoryError):
         error = getattr(error, "inner_exception", None) or error.__cause__
     return error is not None
+
+
+def _is_of_compiler(error: Exception) -> bool:
+    """Whether torch's compiler says that it failed."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    return isinstance(error, TorchDynamoException)
 
 
 def _largest(pending: list[Batch]) -> int:
