@@ -94,6 +94,26 @@ def test_the_interval_of_a_mean_joins_those_of_its_numbers():
     assert np.isnan(stats.of_mean([], []).high)
 
 
+def test_the_interval_of_losses_by_hand():
+    """Mean 1, deviation 0.5, t(0.975, 3) = 3.182446; guessed is 1 too, which narrows nothing."""
+    values = [0.5, 0.5, 1.5, 1.5]
+    found = stats.of_losses(values, chance=1.0, most=30.0)
+    factor = np.exp(3.182446 * (1 / 3) ** 0.5 / 4**0.5)
+    assert (found.low, found.high) == pytest.approx((1 / factor, factor), rel=1e-6)
+    # five of 0 and one guessed at 1.2: mean 0.2, standard error of the mean 0.2, of its logarithm 1
+    found = stats.of_losses([0.0] * 5, chance=1.2, most=30.0)
+    assert (found.low, found.high) == pytest.approx((0.0, 0.2 * np.exp(2.570582)), rel=1e-6)
+    assert stats.of_losses([0.0] * 5, chance=1.2, most=2.0).high == 2.0
+
+
+@given(st.lists(st.floats(0, 36), min_size=1, max_size=12), st.floats(0.5, 0.9999))
+def test_the_interval_of_losses_holds_their_mean_and_ends_where_losses_do(values, level):
+    found = stats.of_losses(values, chance=1.1, most=36.1, level=level)
+    assert 0 <= found.low <= np.mean(values) + 1e-12
+    assert np.mean(values) - 1e-12 <= found.high <= 36.1
+    assert found.high > found.low or values == [1.1]
+
+
 def macro_f1(confusion):
     hit = np.diagonal(confusion, axis1=1, axis2=2)
     return (2 * hit / np.maximum(confusion.sum(1) + confusion.sum(2), 1)).mean(axis=1)
@@ -129,6 +149,7 @@ def test_a_class_without_images_stays_without():
 def test_nothing_measured_gives_nan_and_not_a_number():
     for interval in (
         stats.bootstrap_mean([], []),
+        stats.of_losses([], chance=1.0, most=2.0),
         stats.bootstrap_confusion(macro_f1, np.zeros((2, 2))),
         stats.percentile([float("nan"), float("inf")]),
     ):

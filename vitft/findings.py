@@ -423,5 +423,5 @@ def _intervals(
     return {
         "macro_f1": evaluate.macro_f1_interval(confusion, count=count, seed=seed),
         "balanced_accuracy": evaluate.balanced_interval(confusion),
-        "log_loss": stats.bootstrap_mean(losses, predictions.labels, count=count, seed=seed),
+        "log_loss": trust.log_loss_interval(losses, c),
     }

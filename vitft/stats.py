@@ -7,6 +7,8 @@ Which method where, and why:
     a share of images (accuracy, recall)    Wilson; right at 0 and 1 and for small n
     a mean of such shares, one a class      of_mean: their intervals joined, which know that two
                                             photographs, both right, may yet not always be
+    a mean of losses                        of_losses: Student's t on its logarithm, and with one
+                                            photograph more that was merely guessed
     a function of the confusion matrix      bootstrap_confusion: one multinomial draw per row
     any other number of a test set          bootstrap: images redrawn within their class
     two classifiers on the same images      difference: exact McNemar and a paired bootstrap
@@ -16,7 +18,7 @@ Arrays: N images, R redraws, C classes.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import ceil, sqrt
+from math import ceil, exp, sqrt
 from statistics import NormalDist
 
 import numpy as np
@@ -163,6 +165,43 @@ def of_mean(values: ArrayLike, each: Sequence[Interval]) -> Interval:
     below = float(np.linalg.norm(v - [i.low for i in each])) / len(v)
     above = float(np.linalg.norm([i.high for i in each] - v)) / len(v)
     return Interval(float(v.mean()) - below, float(v.mean()) + above)
+
+
+def of_losses(values: ArrayLike, *, chance: float, most: float, level: float = LEVEL) -> Interval:
+    """The interval of the mean of losses: none below 0, most of them small, a few large.
+
+    Student's t on the logarithm of the mean, which is less skewed, by the delta method; joined with
+    the same of one photograph more that was merely guessed, as a few that all went well do not say
+    what a mistake would cost. Redrawing photographs within their class made intervals of no width
+    from one of each.
+
+    Args:
+        values: [N] losses.
+        chance: Loss of an answer that holds all classes for equally likely.
+        most: The largest loss there is.
+        level: Confidence.
+
+    Returns:
+        Interval around the mean; its ends are nan without losses.
+    """
+    v = np.asarray(values, dtype=np.float64)
+    if v.size == 0:
+        return Interval(float("nan"), float("nan"))
+    ends = [end for sample in (v, np.append(v, chance)) for end in _on_logarithm(sample, level)]
+    return Interval(min(ends), min(max(ends), most))
+
+
+def _on_logarithm(v: Floats, level: float) -> tuple[float, float]:
+    """Ends of the interval of a positive mean; the mean itself of one number, or of zeros."""
+    from scipy.special import stdtrit
+
+    n, mean = len(v), float(v.mean())
+    if n < 2 or mean == 0:
+        return mean, mean
+    error = float(v.std(ddof=1)) / (sqrt(n) * mean)  # of the logarithm
+    half = float(stdtrit(n - 1, 0.5 + level / 2)) * error
+    factor = exp(min(half, 99.0))
+    return mean / factor, mean * factor
 
 
 def redraws(strata: ArrayLike, *, count: int, seed: int) -> Iterator[Ints]:

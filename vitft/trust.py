@@ -18,9 +18,9 @@ from vitft.stats import (
     NO_CHANCE,
     Interval,
     bootstrap,
-    bootstrap_mean,
     checked,
     log_softmax,
+    of_losses,
     wilson,
 )
 
@@ -92,9 +92,9 @@ class Calibration:
         ece_interval: See `calibration`.
         ece_floor: Mean ECE that perfectly calibrated probabilities would show on as many images.
         brier: Mean squared distance to the one-hot label, 0-2.
-        brier_interval: Stratified bootstrap.
+        brier_interval: See `stats.of_losses`.
         log_loss: In nats.
-        log_loss_interval: Stratified bootstrap.
+        log_loss_interval: See `stats.of_losses`.
         bins: The reliability plot, from least to most confident.
     """
 
@@ -274,11 +274,16 @@ def calibration(
         ece_interval=interval,
         ece_floor=floor,
         brier=float(squares.mean()) if n else float("nan"),
-        brier_interval=bootstrap_mean(squares, y, count=count, seed=seed, level=level),
+        brier_interval=of_losses(squares, chance=1 - 1 / p.shape[1], most=2.0, level=level),
         log_loss=float(losses.mean()) if n else float("nan"),
-        log_loss_interval=bootstrap_mean(losses, y, count=count, seed=seed, level=level),
+        log_loss_interval=log_loss_interval(losses, p.shape[1], level),
         bins=reliability(p, y, bins),
     )
+
+
+def log_loss_interval(losses: ArrayLike, classes: int, level: float = 0.95) -> Interval:
+    """Of the mean of [N] log losses in nats, between so many classes."""
+    return of_losses(losses, chance=log(classes), most=-log(FLOOR), level=level)
 
 
 def reliability(probs: ArrayLike, labels: ArrayLike, bins: int = BINS) -> tuple[Bin, ...]:
