@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binom, binomtest
+from scipy.stats import binom, binomtest, ttest_1samp
 from scipy.stats import bootstrap as scipy_bootstrap
 from sklearn.metrics import f1_score
 
@@ -57,9 +57,13 @@ def test_redraws_keep_the_size_of_every_stratum(block, monkeypatch):
     assert len({tuple(row) for row in rows}) > 20
 
 
+def bootstrap_mean(values, strata, **kwargs):
+    return stats.bootstrap(lambda rows: values[rows].mean(axis=1), strata, **kwargs)
+
+
 def test_bootstrap_of_a_mean_equals_scipy_up_to_the_draws():
     values = np.random.default_rng(0).exponential(size=300)
-    ours = stats.bootstrap_mean(values, np.zeros(300, int), count=20_000, seed=1)
+    ours = bootstrap_mean(values, np.zeros(300, int), count=20_000, seed=1)
     theirs = scipy_bootstrap(
         (values,), np.mean, n_resamples=20_000, method="percentile", rng=2
     ).confidence_interval
@@ -70,16 +74,16 @@ def test_bootstrap_of_a_mean_equals_scipy_up_to_the_draws():
 
 def test_bootstrap_is_made_again_from_its_seed():
     values, strata = np.arange(30.0), np.arange(30) % 3
-    first = stats.bootstrap_mean(values, strata, seed=5)
-    assert first == stats.bootstrap_mean(values, strata, seed=5)
-    assert first != stats.bootstrap_mean(values, strata, seed=6)
+    first = bootstrap_mean(values, strata, seed=5)
+    assert first == bootstrap_mean(values, strata, seed=5)
+    assert first != bootstrap_mean(values, strata, seed=6)
 
 
 def test_strata_take_the_variance_between_them_away():
     strata = np.repeat([0, 1], 50)
     values = strata * 10.0  # within a stratum nothing varies
-    assert stats.bootstrap_mean(values, strata) == Interval(5.0, 5.0)
-    plain = stats.bootstrap_mean(values, np.zeros(100, int))
+    assert bootstrap_mean(values, strata) == Interval(5.0, 5.0)
+    plain = bootstrap_mean(values, np.zeros(100, int))
     assert plain.high - plain.low > 1
 
 
@@ -104,6 +108,14 @@ def test_the_interval_of_losses_by_hand():
     found = stats.of_losses([0.0] * 5, chance=1.2, most=30.0)
     assert (found.low, found.high) == pytest.approx((0.0, 0.2 * np.exp(2.570582)), rel=1e-6)
     assert stats.of_losses([0.0] * 5, chance=1.2, most=2.0).high == 2.0
+
+
+def test_students_interval_equals_scipy():
+    values = np.random.default_rng(0).normal(size=7)
+    theirs = ttest_1samp(values, 0).confidence_interval(0.9)
+    ours = stats.student(values, 0.9)
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high))
+    assert stats.student([3.0]) == Interval(-np.inf, np.inf)
 
 
 @given(st.lists(st.floats(0, 36), min_size=1, max_size=12), st.floats(0.5, 0.9999))
@@ -148,7 +160,8 @@ def test_a_class_without_images_stays_without():
 
 def test_nothing_measured_gives_nan_and_not_a_number():
     for interval in (
-        stats.bootstrap_mean([], []),
+        bootstrap_mean([], []),
+        stats.student([]),
         stats.of_losses([], chance=1.0, most=2.0),
         stats.bootstrap_confusion(macro_f1, np.zeros((2, 2))),
         stats.percentile([float("nan"), float("inf")]),
@@ -244,6 +257,17 @@ def test_strata_narrow_the_paired_interval():
     a, b = rights(400, 300, 0, 100)  # the 100 that only B has right are one class
     strata = np.repeat([0, 1], [300, 100])
     assert stats.difference(a, b, strata=strata).interval == Interval(0.25, 0.25)
+
+
+@pytest.mark.parametrize("each", [1, 7])
+def test_strata_of_few_images_are_drawn_together(each):
+    """One image of each class redrawn within it is always the same."""
+    a, b = rights(140, 100, 8, 22)
+    few = stats.difference(a, b, strata=np.arange(140) // each, seed=3)
+    assert few.interval == stats.difference(a, b, seed=3).interval
+    assert few.interval.high - few.interval.low > 0.1
+    mixed = np.minimum(np.arange(140), 3)  # three classes of one, and a large one
+    assert stats.difference(a, b, strata=mixed).interval.high > few.estimate
 
 
 def test_two_that_agree_everywhere_are_not_claimed_equal():

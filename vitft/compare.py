@@ -89,7 +89,7 @@ class Versus:
         b: Letter of the other.
         difference: Of the accuracies, b minus a.
         loss: Log loss of b minus that of a, in nats; below 0 is better for b.
-        loss_interval: Paired bootstrap.
+        loss_interval: Student's, of the photographs' differences.
     """
 
     a: str
@@ -170,7 +170,7 @@ def compare(runs: Sequence[Run], *, seed: int = 0) -> Comparison:
                 b=b.letter,
                 difference=stats.difference(a.right, b.right, strata=strata, seed=seed),
                 loss=float(gap.mean()),
-                loss_interval=stats.bootstrap_mean(gap, strata, seed=seed),
+                loss_interval=stats.student(gap),
             )
         )
     adjusted = stats.holm([pair.difference.p for pair in found])

@@ -9,6 +9,7 @@ Which method where, and why:
                                             photographs, both right, may yet not always be
     a mean of losses                        of_losses: Student's t on its logarithm, and with one
                                             photograph more that was merely guessed
+    a mean difference of losses             student
     a function of the confusion matrix      bootstrap_confusion: one multinomial draw per row
     any other number of a test set          bootstrap: images redrawn within their class
     two classifiers on the same images      difference: exact McNemar and a paired bootstrap
@@ -18,7 +19,7 @@ Arrays: N images, R redraws, C classes.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import ceil, exp, sqrt
+from math import ceil, exp, inf, sqrt
 from statistics import NormalDist
 
 import numpy as np
@@ -30,6 +31,7 @@ POWER = 0.8  # chance of seeing a true difference that `needed_n` plans for
 BLOCK = 2_000_000  # drawn row numbers held at once: 16 MB, whatever N and R are
 NO_CHANCE = -30.0  # log probability below which a number only says "never"
 FEW = 30  # images below which a share is a first impression
+FEW_IN_STRATUM = 8  # images below which redraws within it vary too little; of one, not at all
 FEW_DISCORDANT = 10  # below it a paired bootstrap has too few distinct outcomes to be an interval
 
 Floats = NDArray[np.float64]
@@ -193,15 +195,30 @@ def of_losses(values: ArrayLike, *, chance: float, most: float, level: float = L
 
 def _on_logarithm(v: Floats, level: float) -> tuple[float, float]:
     """Ends of the interval of a positive mean; the mean itself of one number, or of zeros."""
+    mean = float(v.mean())
+    if len(v) < 2 or mean == 0:
+        return mean, mean
+    factor = exp(min(_half(v, level) / mean, 99.0))
+    return mean / factor, mean * factor
+
+
+def student(values: ArrayLike, level: float = LEVEL) -> Interval:
+    """Student's interval of the mean of [N] numbers of either sign.
+
+    It is endless with one of them; its ends are nan without any.
+    """
+    v = np.asarray(values, dtype=np.float64)
+    if v.size == 0:
+        return Interval(float("nan"), float("nan"))
+    mean, half = float(v.mean()), _half(v, level) if v.size > 1 else inf
+    return Interval(mean - half, mean + half)
+
+
+def _half(v: Floats, level: float) -> float:
+    """Half the width of Student's interval, of two numbers or more."""
     from scipy.special import stdtrit
 
-    n, mean = len(v), float(v.mean())
-    if n < 2 or mean == 0:
-        return mean, mean
-    error = float(v.std(ddof=1)) / (sqrt(n) * mean)  # of the logarithm
-    half = float(stdtrit(n - 1, 0.5 + level / 2)) * error
-    factor = exp(min(half, 99.0))
-    return mean / factor, mean * factor
+    return float(stdtrit(len(v) - 1, 0.5 + level / 2)) * float(v.std(ddof=1)) / sqrt(len(v))
 
 
 def redraws(strata: ArrayLike, *, count: int, seed: int) -> Iterator[Ints]:
@@ -255,21 +272,6 @@ def bootstrap(
         return Interval(float("nan"), float("nan"))
     blocks = redraws(labels, count=count, seed=seed)
     return percentile(np.concatenate([np.asarray(statistic(rows)) for rows in blocks]), level)
-
-
-def bootstrap_mean(
-    values: ArrayLike,
-    strata: ArrayLike,
-    *,
-    count: int = 1000,
-    seed: int = 0,
-    level: float = LEVEL,
-) -> Interval:
-    """Percentile interval of the mean of [N] values, redrawn within their stratum."""
-    numbers = np.asarray(values, dtype=np.float64)
-    return bootstrap(
-        lambda rows: numbers[rows].mean(axis=1), strata, count=count, seed=seed, level=level
-    )
 
 
 def bootstrap_confusion(
@@ -423,6 +425,8 @@ def _paired_draws(
 ) -> Floats:
     """[R] redrawn differences of accuracy, B minus A."""
     generator, total = np.random.default_rng(seed), np.zeros(count)
+    _, of, sizes = np.unique(strata, return_inverse=True, return_counts=True)
+    strata = np.where(sizes[of] < FEW_IN_STRATUM, -1, of)  # the small ones are one
     for kind in np.unique(strata):
         gain = b[strata == kind].astype(np.int64) - a[strata == kind]  # -1, 0 or 1
         size = len(gain)
