@@ -607,6 +607,20 @@ def test_half_precision_is_what_the_layers_compute_in(amp):
     assert losses[0] == pytest.approx(losses[1], rel=0.02)  # scaled, clipped after it, and back
 
 
+def test_X12_the_gradient_norm_of_half_precision_is_told_as_it_is_without():
+    """Before the update, where it is still scaled, and behind it."""
+    told = {}
+    for amp in ("fp16", "none"):
+        t = trainer(network(), spec={"amp": amp, "clip_grad": None})
+        batch = next(t.batches.epoch(0))
+        t.stepper.gradients([batch], SIZE)
+        before = t.stepper.gradient_norm()
+        assert f"gradient norm {before:.3g}" in str(t._diverged(1, "loss nan", "x.jpg"))
+        t.stepper.apply()
+        told[amp] = (before, t.stepper.gradient_norm())
+    assert told["fp16"] == pytest.approx(told["none"], rel=0.01)
+
+
 @pytest.mark.parametrize("to", ["fp16", "bf16"])
 @pytest.mark.parametrize("of", ["fp16", "bf16"])
 def test_a_run_goes_on_with_the_scale_it_had_and_on_a_gpu_that_needs_another(tmp_path, of, to):

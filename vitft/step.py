@@ -94,6 +94,7 @@ class Stepper:
         self.precision = precision(spec, self.device)
         half = self.precision is torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
+        self.scaled = False  # whether the gradients still are
 
     def _compile_as_asked(self) -> None:
         try:
@@ -247,6 +248,7 @@ class Stepper:
         if self.compiled:
             _begin_step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.scaled = True
         total = self._total([y for _, y, _ in pending], count, alone)
         sums = torch.zeros(2, device=self.device)
         parts = [part for x, y, _ in pending for part in _parts(x, y, self.state.splits)]
@@ -283,6 +285,12 @@ class Stepper:
         own = sum((self._mass(y) for y in targets), torch.zeros((), device=self.device))
         return own if alone else self.ranks.sum(own)
 
+    def gradient_norm(self) -> float:
+        """Of what the last batch left, before it was clipped or after."""
+        gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
+        norm = float(nn.utils.get_total_norm(gradients)) if gradients else 0.0
+        return norm / self.scaler.get_scale() if self.scaled else norm
+
     # -- the update --
 
     def apply(self) -> None:
@@ -293,6 +301,7 @@ class Stepper:
             self.scaler.unscale_(self.optimizer)
             dispatch_clip_grad(self.net.parameters(), self.spec.clip_grad, mode="norm")
         self.scaler.step(self.optimizer)
+        self.scaled = False
         self.scaler.update()
         s.step += 1
         self.task.update_ema(step=s.step)

@@ -298,9 +298,7 @@ class Trainer:
             raise self._diverged(self.state.step, f"{name} is not finite", "unknown")
 
     def _diverged(self, step: int, what: str, files: str) -> BaseException:
-        lr = self._rate()
-        gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
-        norm = float(nn.utils.get_total_norm(gradients)) if gradients else 0.0
+        lr, norm = self._rate(), self.stepper.gradient_norm()
         kept = "the last checkpoint is finite" if self.kept else "nothing had been saved yet"
         error = DivergedError.of(
             "train.diverged",
