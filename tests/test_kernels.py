@@ -1,5 +1,7 @@
 """Linear layers through oneDNN: torch's own answer, gradient and shape, for what they serve."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -225,3 +227,158 @@ def test_without_torchs_fused_operator_the_values_are_the_same(monkeypatch):
     with torch.no_grad(), kernels.fast_linear(CPU):
         got = kernels.linear_gelu(x, layer.weight, layer.bias)
     torch.testing.assert_close(got, F.gelu(layer(x)), rtol=1e-5, atol=1e-6)
+
+
+# ---- for those who ask --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def looked_at(monkeypatch):
+    """Every call of torch's that a mode had a look at."""
+    calls = []
+    real = kernels._FastLinear.__torch_function__
+    monkeypatch.setattr(
+        kernels._FastLinear,
+        "__torch_function__",
+        lambda self, *a: calls.append(a[0]) or real(self, *a),
+    )
+    return calls
+
+
+def small(**options):
+    torch.manual_seed(0)
+    shape = {"img_size": 32, "embed_dim": 64, "num_heads": 2, "depth": 2, "num_classes": 3}
+    return create_model("vitflower_ti16", **shape | options).eval()
+
+
+def both_ways(net, x):
+    """What a model says under the mode and where only layers ask, each with weights of its own."""
+    said = []
+    for asked in (False, True):
+        serving = kernels.fast_linear(CPU, heads=True, packed={}, asked=asked)
+        with torch.inference_mode(), serving:
+            said.append(net(x))
+    return said
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"init_values": 1e-5, "reg_tokens": 4, "qkv_bias": False},
+        {"global_pool": "avg"},
+        {"representation_size": 48},
+        {"act_layer": "gelu_tanh", "pos_embed": "learned2d"},
+        {"act_layer": "quick_gelu", "drop_rate": 0.1, "proj_drop_rate": 0.1},
+        {"num_classes": 0, "pre_norm": True},
+    ],
+)
+@pytest.mark.parametrize("count", [1, 8])
+def test_our_model_asks_for_every_product_and_gets_the_modes_bits(
+    options, count, threads, looked_at, convolutions
+):
+    net, x = small(**options), rand(count, 3, 32, 32)
+    under, asked = both_ways(net, x)
+    assert torch.equal(under, asked)
+    half = len(convolutions) // 2
+    assert [a[1].shape for a in convolutions[half:]] == [a[1].shape for a in convolutions[:half]]
+    looked_at.clear()
+    with torch.inference_mode(), kernels.fast_linear(CPU, heads=True, asked=True):
+        net(x)
+    assert len(looked_at) == (2 if "representation_size" in options else 0)  # linear and tanh
+
+
+def test_linear_layers_inside_a_cnn_go_along(convolutions):
+    net, x = small(embed="resnet10t", embed_stage=1, patch_size=2), rand(1, 3, 32, 32)
+    net.patch_embed.backbone = nn.Sequential(net.patch_embed.backbone, Channelwise())
+    under, asked = both_ways(net, x)
+    assert torch.equal(under, asked)
+    inside = net.patch_embed.backbone[1].fc.weight
+    assert sum(weight is inside for _, weight, *_ in convolutions) == 2
+
+
+class Channelwise(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(64, 64)
+
+    def forward(self, maps):
+        return self.fc(maps[-1].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Adapted(nn.Linear):
+    """Something low-rank that sits on a layer."""
+
+    def __init__(self, layer):
+        super().__init__(layer.in_features, layer.out_features)
+        self.load_state_dict(layer.state_dict())
+        self.down = nn.Linear(layer.in_features, 4)
+        self.up = nn.Linear(4, layer.out_features)
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias) + self.up(self.down(x))
+
+
+@pytest.mark.parametrize("name", ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"])
+def test_an_asked_layer_with_an_adapter_is_called_as_it_is(name, convolutions):
+    net, x = small(), rand(1, 3, 32, 32)
+    part, attribute = name.split(".")
+    parents = [getattr(block, part) for block in net.blocks]
+    for parent in parents:
+        setattr(parent, attribute, Adapted(getattr(parent, attribute)))
+    under, asked = both_ways(net, x)
+    assert torch.equal(under, asked)
+    for parent in parents:
+        low = getattr(parent, attribute).up.weight
+        assert sum(weight is low for _, weight, *_ in convolutions) == 2
+
+
+@pytest.mark.parametrize("name", ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"])
+@pytest.mark.parametrize("how", ["register_forward_hook", "register_forward_pre_hook", "forward"])
+def test_an_asked_layer_that_somebody_listens_to_is_called_as_it_is(name, how):
+    net, x, seen = small(), rand(1, 3, 32, 32), []
+    before = both_ways(net, x)[1]
+    layer = net.blocks[0].get_submodule(name)
+    real = layer.forward
+    if how == "forward":
+        layer.forward = lambda x: seen.append(x) or real(x)
+    else:
+        getattr(layer, how)(lambda *a: seen.append(a))
+    under, asked = both_ways(net, x)
+    assert len(seen) == 2
+    assert torch.equal(under, asked)
+    if name != "mlp.fc1":  # else GELU comes apart, and rounds otherwise
+        assert torch.equal(asked, before)
+
+
+def test_only_the_thread_that_asks_is_served_and_only_while_it_asks(convolutions):
+    layer, x = nn.Linear(192, 256), rand(3, 5, 192)
+
+    def served():
+        convolutions.clear()
+        kernels.through(layer, x)
+        return bool(convolutions)
+
+    with ThreadPoolExecutor(1) as pool:
+        with kernels.fast_linear(CPU, asked=True):
+            assert served()
+            assert not pool.submit(served).result()
+            with pytest.raises(ZeroDivisionError), kernels.fast_linear(CPU, asked=True):
+                raise ZeroDivisionError
+            assert served()
+            layer(x)
+            assert len(convolutions) == 1  # who does not ask goes torch's way
+        assert not served()
+    with kernels.fast_linear(torch.device("meta"), asked=True):
+        assert not served()
+
+
+def test_an_asked_layer_learns_as_under_the_mode():
+    layer, x, gradients = nn.Linear(192, 256), rand(3, 5, 192), []
+    for asked in (False, True):
+        with kernels.fast_linear(CPU, asked=asked):
+            kernels.through(layer, x).square().sum().backward()
+        gradients.append([p.grad.clone() for p in layer.parameters()])
+        layer.zero_grad()
+    for a, b in zip(*gradients, strict=True):
+        assert torch.equal(a, b)

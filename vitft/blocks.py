@@ -19,7 +19,7 @@ from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
 from vitft.errors import RecipeError
-from vitft.kernels import linear_gelu
+from vitft.kernels import is_plain, linear_gelu, through
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
@@ -60,7 +60,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        q, k, v = self._heads(self.qkv(x), 3)  # each [B, H, T, K]
+        q, k, v = self._heads(through(self.qkv, x), 3)  # each [B, H, T, K]
         if self.fused_attn:
             drop = getattr(self.attn_drop, "p", 0.0) if self.training else 0.0
             x = F.scaled_dot_product_attention(q, k, v, dropout_p=drop)
@@ -70,7 +70,7 @@ class Attention(nn.Module):
 
     def weights(self, x: Tensor) -> Tensor:
         """Who looks at whom: [B, T, D] -> [B, H, T, T], rows sum to 1; the plain, unfused path."""
-        q, k, _ = self._heads(self.qkv(x), 3)
+        q, k, _ = self._heads(through(self.qkv, x), 3)
         return self._weights(q, k)
 
     def first_token(self, x: Tensor) -> Tensor:
@@ -84,8 +84,8 @@ class Attention(nn.Module):
         d = x.shape[-1]
         weight, bias = self.qkv.weight, self.qkv.bias
         q_bias, kv_bias = (None, None) if bias is None else (bias[:d], bias[d:])
-        (q,) = self._heads(F.linear(x[:, :1], weight[:d], q_bias), 1)  # [B, H, 1, K]
-        k, v = self._heads(F.linear(x, weight[d:], kv_bias), 2)  # [B, H, T, K]
+        (q,) = self._heads(through(F.linear, x[:, :1], weight[:d], q_bias), 1)  # [B, H, 1, K]
+        k, v = self._heads(through(F.linear, x, weight[d:], kv_bias), 2)  # [B, H, T, K]
         weights = ((q * self.scale) * k).sum(-1, keepdim=True).softmax(dim=2)  # [B, H, T, 1]
         x = (self.attn_drop(weights) * v).sum(2, keepdim=True)  # [B, H, 1, K]
         return self._merge(x)
@@ -101,7 +101,7 @@ class Attention(nn.Module):
 
     def _merge(self, x: Tensor) -> Tensor:
         x = x.transpose(1, 2).flatten(2)  # [B, H, T, K] -> [B, T, D]
-        x = self.proj_drop(self.proj(x))
+        x = self.proj_drop(through(self.proj, x))
         return x
 
 
@@ -140,17 +140,17 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
         x = self.drop1(self._hidden(x))  # [B, T, 4 D]
-        x = self.drop2(self.fc2(x))  # [B, T, D]
+        x = self.drop2(through(self.fc2, x))  # [B, T, D]
         return x
 
     def _hidden(self, x: Tensor) -> Tensor:
         """`act(fc1 x)`; as one kernel where nobody learns from it, listens in or sits on it."""
         exact = type(self.act) is nn.GELU and self.act.approximate == "none"
-        heard = self.fc1._forward_hooks or self.act._forward_hooks or self.fc1._forward_pre_hooks
-        if torch.is_grad_enabled() or not exact or heard or type(self.fc1) is not nn.Linear:
-            hidden: Tensor = self.act(self.fc1(x))
+        plain = exact and is_plain(self.fc1) and not self.act._forward_hooks
+        if torch.is_grad_enabled() or not plain:
+            hidden: Tensor = self.act(through(self.fc1, x))
             return hidden
-        return linear_gelu(x, self.fc1.weight, self.fc1.bias)
+        return through(linear_gelu, x, self.fc1.weight, self.fc1.bias)
 
 
 class Block(nn.Module):

@@ -23,6 +23,7 @@ from timm.models.resnetv2 import ResNetV2, create_resnetv2_stem
 from torch import Tensor, nn
 
 from vitft.errors import RecipeError, VitftError, WeightsError
+from vitft.kernels import through
 from vitft.patches import Embed, Pair, PatchConv
 
 # blocks per stage; the paper's 16-px variant has stage 4's blocks in stage 3, for a finer map
@@ -182,7 +183,7 @@ class HybridEmbed(Embed):
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, S, S] -> [B, P, D]."""
         self.require(images)
-        maps = self.backbone(images)
+        maps: Any = through(self.backbone, images)
         x: Tensor = maps[-1] if isinstance(maps, list | tuple) else maps  # [B, feature_dim, G', G']
         x = self.proj(x)  # [B, D, G, G]
         return x.flatten(2).transpose(1, 2)  # [B, P, D]

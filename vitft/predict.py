@@ -181,7 +181,8 @@ class Predictor:
 
     def _alone(self, x: Tensor, net: nn.Module) -> tuple[Tensor, Tensor]:
         """[1, 3, S, S] through the backbone as it is, and through the head in the fixed shape."""
-        with fast_linear(x.device, heads=True, packed=self._packed):
+        asks = isinstance(net, VisionTransformer)
+        with fast_linear(x.device, heads=True, packed=self._packed, asked=asks):
             rows = backbone_of(net)(x).float()
         return rows, self._head(rows, net)
 

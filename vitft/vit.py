@@ -33,6 +33,7 @@ from vitft.blocks import ACTIVATIONS, Block, dropout
 from vitft.errors import RecipeError
 from vitft.hosted import POOLS, Hosted, choose
 from vitft.hybrid import HybridEmbed
+from vitft.kernels import through
 from vitft.patches import Pair, PatchEmbed, pair
 
 
@@ -216,7 +217,7 @@ class VisionTransformer(Hosted):
         """
         if self._is_watched(x) or (self.training and self.drops_inside):
             return self.forward_head(self.forward_features(x))
-        x = self.head(self.forward_class_token(x))  # [B, D] -> [B, C]
+        x = through(self.head, self.forward_class_token(x))  # [B, D] -> [B, C]
         return x
 
     def _is_watched(self, x: Tensor) -> bool:
@@ -235,9 +236,9 @@ class VisionTransformer(Hosted):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens [B, T, D] -> logits [B, C], or with `pre_logits` what the head would read."""
-        x = self.head_drop(self.pre_logits(self.fc_norm(self.pool(x))))  # [B, D]
+        x = self.head_drop(through(self.pre_logits, self.fc_norm(self.pool(x))))  # [B, D]
         if not pre_logits:
-            x = self.head(x)
+            x = through(self.head, x)
         return x
 
     def forward_class_token(self, x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ Tried for the network alone, two Zen 4 cores, torch 2.14, ms of the quietest of 
     as it was: oneDNN lays the weights out in every call   79.7
     weights kept in oneDNN's layout, and the next three    66.4  kept alone: it changes no bit
     the residual added in the product (binary)             75.7  dropped: 0.5 ms
-    no TorchFunctionMode (else 3 ms of 80)                 76.2  dropped: a second way to each layer
+    no TorchFunctionMode (else 3 ms of 80)                 76.2  see below
     LayerScale folded into proj and fc2                    79.3  dropped: noise, and other bits
     `_linear_pointwise`, weights in its layout             65.6  dropped: 0.8 ms, and other bits
     attention by plain products: math, unfused       83.8, 79.8  dropped: no gain
@@ -31,6 +31,10 @@ Tried for the network alone, two Zen 4 cores, torch 2.14, ms of the quietest of 
     one thread: padded to 16 pictures                     1,885
     one thread: alone, by MKL                               142  dropped: other bits
     one thread: alone, oneDNN's convolution directly        147  kept: the bits of the 16
+
+The mode is entered no more around our own model, whose layers ask (`kernels.through`). The network
+on a busy machine, medians of 120 by turns: 75.6 ms with the mode, 72.3 without, 81.7 and 79.8, 80.8
+and 79.5, 77.8 and 76.2; the whole photograph, in random order: 85.8 and 81.4, 90.3 and 86.2.
 
 A folder gains less by the kept layout: 64 photographs 4.91 s against 5.15 (medians of 6, by turns).
 """
