@@ -32,9 +32,15 @@ Tried for the network alone, two Zen 4 cores, torch 2.14, ms of the quietest of 
     one thread: alone, by MKL                               142  dropped: other bits
     one thread: alone, oneDNN's convolution directly        147  kept: the bits of the 16
 
-The mode is entered no more around our own model, whose layers ask (`kernels.through`). The network
-on a busy machine, medians of 120 by turns: 75.6 ms with the mode, 72.3 without, 81.7 and 79.8, 80.8
-and 79.5, 77.8 and 76.2; the whole photograph, in random order: 85.8 and 81.4, 90.3 and 86.2.
+The mode is entered no more around our own model, whose layers ask (`kernels.through`). On a busy
+machine, ms with the mode and without, medians of 100 to 150 by turns:
+
+    the network alone             75.6, 72.3 (a draft)   81.7, 79.8   80.8, 79.5   77.8, 76.2
+    one photograph, random order  85.8, 81.4             90.3, 86.2   83.7, 80.7   80.8, 79.2
+    one photograph, always timm, with, without           87.3, 87.6   82.7, 83.2   no gain seen
+
+Timm's way took 1.23, 1.22, 1.20 (1.198) and 1.21 times as long as without it in random order, where
+it took 1.17, 1.16, 1.16 and 1.18 times as long as with it: at the goal, not safely above.
 
 A folder gains less by the kept layout: 64 photographs 4.91 s against 5.15 (medians of 6, by turns).
 """
