@@ -164,6 +164,15 @@ def test_patches_as_a_product_are_the_convolution():
 
 
 @torch.inference_mode()
+def test_a_float32_convolution_that_is_measured_is_not_rounded():
+    x, w = torch.randn(4, 64, 17, 17), torch.randn(32, 64, 3, 3)
+    wanted = nn.functional.conv2d(x.double(), w.double())
+    near = w.to(DEVICE)
+    with evaluate.whole_floats(DEVICE):
+        assert gap(nn.functional.conv2d(x.to(DEVICE), near), wanted) < 1e-5
+
+
+@torch.inference_mode()
 def test_the_first_token_alone_is_that_of_the_whole_last_block():
     net, x = network().eval(), Pictures().x
     whole = net.forward_head(net.forward_features(x), pre_logits=True)

@@ -1,10 +1,13 @@
 """Scores against hand-computed answers and scikit-learn; predictions in order, complete."""
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
 from sklearn import metrics
 
+from vitft import evaluate
 from vitft.evaluate import (
     Predictions,
     accuracy,
@@ -13,6 +16,7 @@ from vitft.evaluate import (
     macro_f1_interval,
     predict,
     score,
+    whole_floats,
 )
 from vitft.stats import softmax, wilson
 
@@ -137,3 +141,27 @@ def test_the_intervals_hold_the_truth_as_often_as_they_say(sizes, least):
         found = balanced_interval(seen), macro_f1_interval(seen, count=200, seed=seed)
         held += [0.9 in found[0], f1 in found[1]]
     assert (100 * held / 150 >= least).all(), held / 150
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize(("device", "kept"), [("cpu", True), ("cuda", False)])
+def test_on_cuda_float32_convolutions_are_not_rounded_while_something_is_measured(
+    monkeypatch, before, device, kept
+):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", before)
+    with whole_floats(torch.device(device)):
+        assert torch.backends.cudnn.allow_tf32 is (before and kept)
+    assert torch.backends.cudnn.allow_tf32 is before
+
+
+def test_every_forward_that_is_compared_runs_so(monkeypatch):
+    entered = []
+
+    @contextmanager
+    def noted(device):
+        entered.append(device.type)
+        yield
+
+    monkeypatch.setattr(evaluate, "whole_floats", noted)
+    evaluate.in_fixed_shape(lambda x: x, torch.zeros(2, 3))
+    assert entered == ["cpu"]

@@ -3,7 +3,8 @@
 Test photographs pass here once. Nothing is dropped: as many predictions leave as photographs came.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,8 +119,22 @@ def in_fixed_shape(
     n, size = len(x), fixed_batch(x.device)
     if n < size:
         x = torch.cat([x, x[:1].expand(size - n, *x.shape[1:])])
-    with fast_linear(x.device, heads=True, packed=packed):
+    with whole_floats(x.device), fast_linear(x.device, heads=True, packed=packed):
         return forward(x)[:n]
+
+
+@contextmanager
+def whole_floats(device: torch.device) -> Iterator[None]:
+    """On CUDA convolutions of float32 are just that; cuDNN else rounds what it reads to 10 bits.
+
+    Nothing is changed for half precision, on other devices, or for training.
+    """
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = before and device.type != "cuda"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def score(predictions: Predictions, classes: Sequence[str], temperature: float = 1.0) -> Scores:
