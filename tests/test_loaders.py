@@ -298,6 +298,10 @@ def test_auto_takes_as_many_workers_as_shared_memory_holds_and_says_so(
     assert workers == 0 or needed <= mebibytes * 2**20
     text = f"train.workers: auto is {workers} instead of 16, as /dev/shm has only "
     assert caplog.text.count(text) == (workers < 16)
+    caplog.clear()
+    usage.free = 0
+    assert crew.fitting(0, 256, spec) == 0  # none are to have been given up
+    assert not caplog.text
 
 
 def test_X25_too_little_shared_memory_is_said_before_a_worker_dies_of_it(files, monkeypatch):

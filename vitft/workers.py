@@ -65,15 +65,14 @@ def fitting(workers: int, batch_size: int, spec: TransformSpec) -> int:
     Half of it is theirs, the other half belongs to photographs that stay decoded.
     """
     free = shared_memory_free(default=2 * _shared_need(workers, batch_size, spec))
-    room = (free // 2 // _shared_need(0, batch_size, spec) - 1) // PREFETCH
+    room = max(0, (free // 2 // _shared_need(0, batch_size, spec) - 1) // PREFETCH)
     if room >= workers:
         return workers
-    fewer = max(0, room)
     _tell(
-        f"train.workers: auto is {fewer} instead of {workers}, as /dev/shm has only "
+        f"train.workers: auto is {room} instead of {workers}, as /dev/shm has only "
         f"{free / 2**20:,.0f} MiB free; give the container more (docker run --shm-size=4g)"
     )
-    return fewer
+    return room
 
 
 @cache
