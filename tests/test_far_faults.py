@@ -126,6 +126,17 @@ def test_headers_that_drip_are_cut(server, monkeypatch):
     assert afar.read(folder / ONE, 0, 100) == whole(server)[:100]
 
 
+def test_what_answers_otherwise_than_the_web_does_is_named_after_every_attempt(server, monkeypatch):
+    def greet(handler):
+        handler.wfile.write(b"SSH-2.0-OpenSSH_9.6\r\n")
+
+    monkeypatch.setattr(server.RequestHandlerClass, "do_GET", greet)
+    monkeypatch.setattr(server.RequestHandlerClass, "do_HEAD", greet, raising=False)
+    fault = wire.look_up(server.url(ONE))
+    assert fault.id == "env.unreachable"
+    assert fault.text.startswith("no answer in 4 attempts: SSH-2.0-OpenSSH_9.6")
+
+
 @pytest.mark.parametrize(("date", "kept"), [("Thu, 01 Jan 2026 00:00:00 GMT", True), ("", False)])
 def test_mirrors_may_mark_one_file_unlike_where_they_agree_on_its_date(server, date, kept):
     server.date = date

@@ -91,6 +91,10 @@ class _Lines:
                 raise TimeoutError(f"{self.count:,} bytes of headers came in {seconds:.0f} s")
         return line
 
+    def close(self) -> None:
+        """Where what came is no answer of the web's, http.client closes what it reads."""
+        self.stream.close()
+
 
 class _Answer(HTTPResponse):
     """An answer that takes no longer for its headers than a connection may stand still."""
@@ -107,7 +111,8 @@ class _Answer(HTTPResponse):
         try:
             super().begin()
         finally:
-            self.fp = body
+            if self.fp:  # else it was closed, as what came is no answer
+                self.fp = body
 
 
 class _Plain(HTTPConnection):
