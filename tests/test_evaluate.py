@@ -154,6 +154,18 @@ def test_on_cuda_float32_convolutions_are_not_rounded_while_something_is_measure
     assert torch.backends.cudnn.allow_tf32 is before
 
 
+def test_where_a_host_chose_for_convolutions_alone_a_cpu_is_not_concerned():
+    """Torch then refuses to say what it does for all of cuDNN."""
+    convolutions = torch.backends.cudnn.conv
+    before, convolutions.fp32_precision = convolutions.fp32_precision, "ieee"
+    try:
+        with pytest.raises(RuntimeError, match="TF32"):
+            torch.backends.cudnn.allow_tf32  # noqa: B018
+        assert evaluate.in_fixed_shape(lambda x: x, torch.zeros(2, 3)).shape == (2, 3)
+    finally:
+        convolutions.fp32_precision = before
+
+
 def test_every_forward_that_is_compared_runs_so(monkeypatch):
     entered = []
 

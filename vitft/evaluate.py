@@ -129,8 +129,11 @@ def whole_floats(device: torch.device) -> Iterator[None]:
 
     Nothing is changed for half precision, on other devices, or for training.
     """
+    if device.type != "cuda":
+        yield
+        return
     before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = before and device.type != "cuda"
+    torch.backends.cudnn.allow_tf32 = False
     try:
         yield
     finally:
