@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -367,3 +368,20 @@ def test_a_lone_picture_pays_for_no_look_at_every_call_of_torchs(made, pictures,
     np.testing.assert_array_equal(answer.probabilities, want.probabilities)
     assert calls.count(torch.nn.functional.linear) == 1
     assert len(calls) <= 2  # the head, and the rows that are kept of it
+
+
+def test_a_lone_picture_goes_through_the_backbone_as_a_batch_does(made, pictures, monkeypatch):
+    """Else a CNN's convolutions would be rounded otherwise on CUDA, and every picture padded."""
+    predictor, inside = Predictor(made, "cpu"), []
+
+    @contextmanager
+    def noted(device):
+        inside.append(device.type)
+        yield
+
+    file = pictures / "000.jpg"
+    list(predictor([file]))  # the proof
+    monkeypatch.setattr(predict, "whole_floats", noted)
+    list(predictor([file]))
+    assert predictor._unpadded
+    assert inside == ["cpu"]

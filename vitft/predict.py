@@ -34,7 +34,7 @@ from vitft.answers import top as top
 from vitft.console import say, track
 from vitft.doubt import Foreign
 from vitft.errors import DataError, Fault, RecipeError, WeightsError, escape
-from vitft.evaluate import fixed_batch, in_fixed_shape
+from vitft.evaluate import fixed_batch, in_fixed_shape, whole_floats
 from vitft.features import backbone_of
 from vitft.folders import EXTENSIONS, instead
 from vitft.images import BadImage, DecodeSpec
@@ -182,7 +182,8 @@ class Predictor:
     def _alone(self, x: Tensor, net: nn.Module) -> tuple[Tensor, Tensor]:
         """[1, 3, S, S] through the backbone as it is, and through the head in the fixed shape."""
         asks = isinstance(net, VisionTransformer)
-        with fast_linear(x.device, heads=True, packed=self._packed, asked=asks):
+        fast = fast_linear(x.device, heads=True, packed=self._packed, asked=asks)
+        with whole_floats(x.device), fast:
             rows = backbone_of(net)(x).float()
         return rows, self._head(rows, net)
 
