@@ -19,7 +19,7 @@ from vitft.recipe import TrainSpec
 
 FUSED = ("adam", "adamw", "sgd", "nesterov", "momentum")  # torch's own: one kernel for all tensors
 
-LONG = 2000  # updates of several ranks that win back a minute of compiling, at 100 ms each
+LONG = 2000  # updates of several ranks that win back a minute of compiling, at 150 ms each
 
 
 # -- what moves -----------------------------------------------------------------------------------
