@@ -381,10 +381,11 @@ def difference(
 ) -> Difference:
     """Compares two classifiers on the same images.
 
-    The interval is a paired percentile bootstrap within each stratum: B minus A of an image is
-    -1, 0 or 1, so one redraw is a multinomial draw for each stratum. With fewer than
-    `FEW_DISCORDANT` images on which one alone is right it is `paired_interval`; a bootstrap would
-    claim [0, 0] for two classifiers that happen to agree.
+    The interval is a paired percentile bootstrap within each stratum, those of fewer than
+    `FEW_IN_STRATUM` images taken together: B minus A of an image is -1, 0 or 1, so one redraw is a
+    multinomial draw for each stratum. With fewer than `FEW_DISCORDANT` images on which one alone is
+    right it is `paired_interval`; a bootstrap would claim [0, 0] for two classifiers that happen to
+    agree.
 
     Args:
         right_a: [N] bool, whether A has each image right.
