@@ -142,15 +142,16 @@ def rows_of(runs: list[dict[str, Any]]) -> list[Row]:
     if not tuned or not bases:
         return []
     chosen = max(tuned, key=lambda way: mean(runs, way, "val", seeds(runs, way)))
-    return [told(runs, chosen, base) for base in bases if shared(runs, chosen, base)]
+    how = f"{chosen}, as val chose" if len(tuned) > 1 else chosen
+    return [told(runs, chosen, base, how) for base in bases if shared(runs, chosen, base)]
 
 
-def told(runs: list[dict[str, Any]], way: str, base: str) -> Row:
-    """A line of README."""
+def told(runs: list[dict[str, Any]], way: str, base: str, how: str) -> Row:
+    """A line of README; `how` names the way there."""
     over = shared(runs, way, base)
     splits = f"{len(over)} split{'s' * (len(over) > 1)}"
     many = f"over {splits} of {sum(runs[0]['photographs']):,} photographs, {runs[0]['size']} px"
-    what = f"fine-tuned ({way}, as val chose) minus frozen {base} on test, {many}"
+    what = f"fine-tuned ({how}) minus frozen {base} on test, {many}"
     found = [value(runs, way, "test", s) - value(runs, base, "test", s) for s in over]
     said = f"{statistics.mean(found):+.1f} points, to {mean(runs, way, 'test', over):.1f} %"
     spread = (min(found), max(found))
