@@ -40,7 +40,7 @@ LEADS = {  # script -> how the rows begin that README shows
     "train_step": (
         "training vitflower_b16, batch 256, synthetic batches, against",
         "training vitflower_b16, batch 256, photographs, against",
-        "training vitflower_b16, batch 8, synthetic batches, against",
+        "training vitflower_b16, batch 8, synthetic batches, with CUDA graphs, against",
         "training vitflower_s16, batch 256, synthetic batches, against",
     ),
     "train_cpu": ("fine-tuning vitflower_s16",),

@@ -459,6 +459,7 @@ def goals(table: dict[str, Any], peer: Any) -> list[Row]:
     if ours is None:
         return []
     first, what = table["case"] == str(CASES[0]), f"training {table['case']}"
+    what += ", with CUDA graphs" if ours == GRAPHS else ""
     rows, mine = [], speeds(table, ours)
     for way, goal in GOALS.items():
         if way not in table["ways"]:
