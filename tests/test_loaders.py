@@ -296,7 +296,7 @@ def test_auto_takes_as_many_workers_as_shared_memory_holds_and_says_so(
         assert crew.fitting(16, 256, spec) == workers
     needed = (2 * workers + 1) * 256 * 3 * 224 * 224
     assert workers == 0 or needed <= mebibytes * 2**20
-    text = f"train.workers: auto is {workers} instead of 16, as /dev/shm has only "
+    text = f"train.workers: auto is {workers} instead of 16, as /dev/shm is too small "
     assert caplog.text.count(text) == (workers < 16)
     caplog.clear()
     usage.free = 0

@@ -114,8 +114,9 @@ class LayerScale(nn.Module):
         self.gamma = nn.Parameter(torch.full((width,), float(init_values), **factory))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, T, D] -> [B, T, D], in the precision of x: gamma is float32 under autocast."""
-        return (x * self.gamma).to(x.dtype)
+        """[B, T, D] -> [B, T, D]; of bfloat16 too, though gamma is float32 under autocast."""
+        scaled = x * self.gamma
+        return scaled.to(x.dtype) if x.dtype is torch.bfloat16 else scaled
 
 
 class Mlp(nn.Module):

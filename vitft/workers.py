@@ -30,8 +30,8 @@ from vitft.photos import Key, Photos, Sample
 from vitft.ranks import Ranks
 
 POLL = 2  # seconds between looks at the workers while a batch is awaited
-MOST = {"cpu": 8}  # workers; on a CPU the model wants cores too
-MOST_OF_GPU = 16  # 14 of an H100's machine gave ViT-B/16 2,156 photographs/s, of 3,823 it can take
+MOST = 8  # workers; on a CPU the model wants cores too
+MOST_OF_CUDA = 16  # 14 of an H100's machine gave ViT-B/16 2,156 photographs/s, of 3,823 it can take
 AGAIN = 2**31  # epochs between the views of a photograph that an epoch shows more than once
 PREFETCH = 2  # batches that each worker holds ready
 
@@ -56,7 +56,7 @@ def worker_count(workers: int | str, device: torch.device, here: int = 1) -> int
     cores = (cores or 1) // here
     if device.type == "cpu" and cores <= 2:
         return 0
-    return min(max(cores, 1), MOST.get(device.type, MOST_OF_GPU))
+    return min(max(cores, 1), MOST_OF_CUDA if device.type == "cuda" else MOST)
 
 
 def fitting(workers: int, batch_size: int, spec: TransformSpec) -> int:
@@ -69,8 +69,8 @@ def fitting(workers: int, batch_size: int, spec: TransformSpec) -> int:
     if room >= workers:
         return workers
     _tell(
-        f"train.workers: auto is {room} instead of {workers}, as /dev/shm has only "
-        f"{free / 2**20:,.0f} MiB free; give the container more (docker run --shm-size=4g)"
+        f"train.workers: auto is {room} instead of {workers}, as /dev/shm is too "
+        "small for more; give the container more of it (docker run --shm-size=4g)"
     )
     return room
 

@@ -51,8 +51,6 @@ WAYS: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> recipe, overrides
     "all, lr 3e-4": (FULL, (*WHOLE, "train.lr=3e-4")),
     "all, no layer decay": (FULL, (*WHOLE, "train.lr=1e-4", "train.layer_decay=null")),
     "flowers_full.yaml": (FULL, ()),  # as it is, but for the model
-    "flowers_full.yaml, lr 1e-4": (FULL, ("train.lr=1e-4",)),
-    "flowers_full.yaml, lr 1e-3": (FULL, ("train.lr=1e-3",)),
 }
 
 

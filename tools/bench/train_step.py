@@ -480,7 +480,8 @@ def curves(table: dict[str, Any]) -> list[Row]:
     losses = [seen["loss"] for way, seen in table["ways"].items() if way in (COMPILED, OURS)]
     if len(losses) < 2:
         return []
-    what = "difference of the loss curves, relative"
+    what = f"difference of the loss curves, {table['model']}, synthetic batches, "
+    what += "relative (below 0.1 nats to that)"
     return [Row(what, gap(*losses), "", goal=GOAL_CURVE, at_most=True)]
 
 
