@@ -164,6 +164,12 @@ class Way:
         return 1.0, 0.5
 
 
+def call_of(bench, **options):
+    """A call of train_step that compiles nothing beforehand and has no photographs."""
+    plain = {"photos": None, "quick": False, "rounds": 6, "compile_first": False, "cached": False}
+    return bench.Call(bench.argparse.Namespace(**plain, **options), bench.torch.device("cpu"), None)
+
+
 def test_a_call_that_is_cut_keeps_every_turn_before_and_names_what_failed(tmp_path, monkeypatch):
     bench, file = script("train_step"), tmp_path / "found.json"
     ways = {bench.EAGER: Way(), bench.OURS: Way(4, KeyboardInterrupt())}
@@ -171,16 +177,7 @@ def test_a_call_that_is_cut_keeps_every_turn_before_and_names_what_failed(tmp_pa
     monkeypatch.setattr(bench, "loaders", lambda *a: (None, None, (2560, 5120)))
     monkeypatch.setattr(bench, "built", lambda *a: dict(ways))
     monkeypatch.setattr(bench, "kept", lambda way: 2**30)
-    args = bench.argparse.Namespace(
-        photos=None,
-        quick=False,
-        rounds=6,
-        minutes=9.0,
-        json=file,
-        compile_first=False,
-        cached=False,
-    )
-    call = bench.Call(args, bench.torch.device("cpu"), None)
+    call = call_of(bench, minutes=9.0, json=file)
     with pytest.raises(KeyboardInterrupt):
         bench.every_case([bench.CASES[1], bench.CASES[0]], call)
     found = json.loads(file.read_text())
@@ -202,16 +199,7 @@ def test_a_call_that_is_cut_keeps_every_turn_before_and_names_what_failed(tmp_pa
 
 def test_a_case_without_time_is_left_out(tmp_path, monkeypatch):
     bench = script("train_step")
-    args = bench.argparse.Namespace(
-        photos=None,
-        quick=False,
-        rounds=6,
-        minutes=1.0,
-        json=None,
-        compile_first=False,
-        cached=False,
-    )
-    call = bench.Call(args, bench.torch.device("cpu"), None)
+    call = call_of(bench, minutes=1.0, json=None)
     bench.every_case([bench.CASES[5]], call)
     assert not call.tables
     (text,) = call.left
